@@ -1,0 +1,53 @@
+"""Where the time goes: a clock that is in exactly one phase at any moment.
+
+`with clock("data"):` charges the time inside to that phase and pauses the phase around it, so the
+phases of a run sum to its wall time by construction and nothing is counted twice.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PHASES = (
+    "compute", "communication", "waiting", "data", "optimizer", "checkpoint", "evaluation", "other",
+)  # fmt: skip
+"""compute: forward and backward; communication: exposed, this rank computes nothing meanwhile;
+waiting: for a slower rank; other: logging, digests, the loop itself."""
+
+
+class Clock:
+    """Seconds by phase, since `restart`. Not thread-safe: one clock belongs to one thread."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._phase = "other"
+        self._since = time.perf_counter()
+
+    def _switch(self, phase: str) -> str:
+        now = time.perf_counter()
+        self.seconds[self._phase] += now - self._since
+        before, self._phase, self._since = self._phase, phase, now
+        return before
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        before = self._switch(phase)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase up to this moment."""
+        self._switch(self._phase)
+        return dict(self.seconds)
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Charge `seconds` that were counted as `source` to `target`, when the cause is known later."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
+    def restart(self) -> None:
+        self.seconds.clear()
+        self._since = time.perf_counter()

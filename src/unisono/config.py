@@ -1,0 +1,300 @@
+"""What a user may ask for: the configuration, its file, its overrides, its error messages.
+
+A configuration is a recipe's or file's YAML, then `key=value` overrides (the later wins). Names are
+Hugging Face's TrainingArguments names where one exists. The unit of a step is `global_batch_size`
+in sequences; replicas and micro-batches only divide it. Nothing here imports torch.
+"""
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from unisono.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+
+
+class DataConfig(_Section):
+    """Where the text is and how it becomes blocks of `sequence_length` tokens."""
+
+    path: Paths
+    """Files, folders or globs of .txt, .md, .jsonl, .json (also .gz, .zst) or .parquet;
+    `package:NAME/GLOB` reads files that an installed Python package ships."""
+    eval_path: Paths | None = None
+    """Held-out data of its own; without it `eval_fraction` of the blocks is held out."""
+    eval_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the blocks that is held out for evaluation, chosen by `seed`."""
+    text_field: str = "text"
+    """The record field that holds plain text."""
+    packing: Literal["auto", "concat", "best_fit"] = "auto"
+    """`concat` cuts the stream of documents every `sequence_length` tokens; `best_fit` keeps every
+    document whole. `auto`: best_fit for chats and prompt/completion records, else concat."""
+    max_line_bytes: int = Field(16 * 2**20, ge=1024)
+    """A longer line is quarantined, never held in memory whole."""
+
+
+class TokenizerConfig(_Section):
+    """A byte-level BPE tokenizer trained on the data, for a model from scratch."""
+
+    vocab_size: int = Field(4096, ge=260, le=1_000_000)
+    train_bytes: int = Field(64 * 2**20, ge=1)
+    """At most this many bytes of the data are used to train it."""
+
+
+class Config(_Section):
+    """Everything a user can ask of `unisono train`. Frozen; `Plan` holds what was decided."""
+
+    # --- what is trained, on what
+    model: str | dict[str, Any]
+    """A Hugging Face directory or hub name, or the fields of a transformers config (`model_type`
+    and its sizes) for random weights, for example {model_type: llama, hidden_size: 192}."""
+    tokenizer: str | TokenizerConfig | None = None
+    """A directory or hub name, or {vocab_size: N} to train one; by default the model's own."""
+    data: DataConfig
+    sequence_length: int = Field(1024, ge=2)
+    """Tokens in a block (Hugging Face SFT: max_length)."""
+    strict_data: bool = False
+    """Stop at the first bad record instead of putting it into quarantine."""
+    output_dir: str
+    """The run folder: checkpoints, metrics, receipt, and the final model."""
+
+    # --- how much, how long
+    global_batch_size: int = Field(32, ge=1)
+    """Sequences of one optimizer step, over all replicas and micro-batches."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Sequences of one forward and backward pass on one replica; `auto` finds it by trying."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; without it `num_train_epochs` decides."""
+    num_train_epochs: float = Field(1.0, gt=0)
+
+    # --- optimizer and schedule
+    optim: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak rate. With `base_batch_size` it is the rate for that batch and is scaled from there."""
+    base_batch_size: int | None = Field(None, ge=1)
+    """The global batch that `learning_rate` (and betas, epsilon, weight decay) was tuned for."""
+    batch_scaling: Literal["auto", "linear", "sqrt", "none"] = "auto"
+    """`auto`: linear for SGD, square root for AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """SGD only."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the global gradient norm; 0 clips nothing."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup",
+        "warmup_stable_decay",
+    ] = "linear"  # fmt: skip
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Final rate as a share of the peak, for cosine_with_min_lr and warmup_stable_decay."""
+    decay_ratio: float = Field(0.2, gt=0, le=1)
+    """Share of the steps that warmup_stable_decay spends decaying."""
+    warmup_steps: float | Literal["auto"] = "auto"
+    """Steps, or below 1 a share of the run. `auto`: see the plan."""
+
+    # --- numerics
+    seed: int = Field(42, ge=0, lt=2**63)
+    bf16: bool = False
+    """Forward and backward in bfloat16 (autocast), weights and sums in float32."""
+    gradient_checkpointing: bool = False
+    determinism: Literal["default", "strict"] = "default"
+    """`strict`: bit-identical weights at 1, 2, 4 and 8 replicas, and across a resume."""
+
+    # --- replicas and synchronization
+    replicas: int | Literal["auto"] = "auto"
+    """Local replicas; `auto` is one for each GPU, or one on a CPU. torchrun's WORLD_SIZE wins."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU for each local replica where there are any."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of one replica; by default the cores divided among the local replicas, and 1 in
+    strict mode, because the number of threads changes the order of sums."""
+    sync: Literal["exact", "ddp", "reference"] = "exact"
+    bucket_mb: float = Field(4.0, gt=0)
+    """Gradients travel in buckets of about this size (MiB)."""
+    check_replicas_every: int = Field(100, ge=0)
+    """Compare digests of weights and optimizer state across replicas every so many steps."""
+    timeout_s: float = Field(600.0, gt=0)
+    """A collective that takes longer fails, naming what it waited for."""
+
+    # --- evaluate, save, log
+    eval_steps: int | None = Field(None, ge=1)
+    """Evaluate every so many steps; by default ten times a run, and always at the end."""
+    eval_batches: int | None = Field(None, ge=1)
+    """At most this many global batches an evaluation; by default the whole held-out split."""
+    save_steps: int | None = Field(None, ge=1)
+    """Checkpoint every so many steps; by default ten times a run."""
+    save_total_limit: int = Field(2, ge=1)
+    """Keep the newest so many checkpoints, and the best by evaluation loss besides."""
+    resume: Literal["auto", "never"] | str = "auto"
+    """`auto`: the newest valid checkpoint of `output_dir`; `never`: refuse a folder that has one;
+    or the path of a checkpoint."""
+    logging_steps: int = Field(10, ge=1)
+    report_to: tuple[Literal["tensorboard"], ...] = ()
+    baseline_steps: int = Field(3, ge=0)
+    """Micro-batches that measure one replica alone at the start, for the receipt; 0 measures
+    nothing and the receipt has no efficiency."""
+    sample_prompt: str | None = None
+    """Generate from this at the end and show it."""
+    sample_tokens: int = Field(120, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size < 1:
+            raise ValueError("micro_batch_size must be at least 1 or 'auto'")
+        if isinstance(self.replicas, int) and self.replicas < 1:
+            raise ValueError("replicas must be at least 1 or 'auto'")
+        if not isinstance(self.warmup_steps, str) and self.warmup_steps < 0:
+            raise ValueError("warmup_steps must be at least 0 or 'auto'")
+        if isinstance(self.model, dict) and "model_type" not in self.model:
+            raise ValueError("model: an architecture needs model_type, for example llama")
+        return self
+
+
+_HINTS = {
+    "per_device_train_batch_size": "global_batch_size counts the sequences of a step over all replicas",
+    "gradient_accumulation_steps": "it follows from global_batch_size, micro_batch_size and replicas",
+    "warmup_ratio": "write warmup_steps as a number below 1",
+    "activation_checkpointing": "write gradient_checkpointing",
+    "fp16": "use bf16: true",
+    "max_length": "write sequence_length",
+    "lr": "write learning_rate",
+    "batch_size": "write global_batch_size",
+    "resume_from_checkpoint": "write resume: auto, or resume: PATH",
+    "ddp_bucket_cap_mb": "write bucket_mb",
+    "eval_strategy": "write eval_steps: N",
+    "save_strategy": "write save_steps: N",
+    "run_name": "write output_dir",
+    "optimizer": "write optim",
+}
+
+
+def load(source: str, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a YAML file, or of the shipped recipe of that name, with overrides.
+
+    Raises ConfigError: no such file or recipe, not YAML, unknown key, value out of range.
+    """
+    path = Path(source)
+    if not path.is_file():
+        shipped = RECIPES / f"{source}.yaml"
+        if not shipped.is_file():
+            names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+            raise ConfigError(f"{source}: no such file, and no recipe of that name ({names})")
+        path = shipped
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, found {_kind(raw)}")
+    return parse(apply_overrides(raw, overrides), origin=str(path))
+
+
+def parse(raw: Mapping[str, Any], origin: str = "config") -> Config:
+    """Validate a mapping. Raises ConfigError that names every wrong field, its value and a fix."""
+    raw = dict(raw)
+    if isinstance(raw.get("data"), str | list):
+        raw["data"] = {"path": raw["data"]}
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_explain(item) for item in error.errors()))
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`a.b=value` sets raw["a"]["b"]; the value is YAML, so `[1, 2]`, `null` and `true` work."""
+    result: dict[str, Any] = _copy(raw)
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {item!r}: write key=value, for example learning_rate=3e-4")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {item!r}: {_one_line(error)}") from None
+        *parents, last = key.replace("-", "_").split(".")
+        node = result
+        for parent in parents:
+            child = node.get(parent)
+            if parent == "data" and isinstance(child, str | list):
+                child = {"path": child}
+            if not isinstance(child, dict):
+                child = {}
+            node[parent] = child
+            node = child
+        node[last] = value
+    return result
+
+
+def _copy(node: Any) -> Any:
+    return {k: _copy(v) for k, v in node.items()} if isinstance(node, Mapping) else node
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"
+
+
+def _explain(item: Any) -> str:
+    """One line for one pydantic error: the field, what was found, what to write instead."""
+    # Union branches add their tags to the location; they are no part of the user's path.
+    steps = [str(s) for s in item["loc"] if s in _ALL_FIELDS or isinstance(s, int)]
+    field = ".".join(steps) or str(item["loc"][0] if item["loc"] else "config")
+    if item["type"] == "extra_forbidden":
+        key = str(item["loc"][-1])
+        parent = [s for s in map(str, item["loc"][:-1]) if s in _ALL_FIELDS]
+        known = _fields_at(parent)
+        dotted = ".".join([*parent, key])
+        if not parent and key in _HINTS:
+            return f"unknown key {dotted}: {_HINTS[key]}"
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*parent, near[0]])}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {dotted}: {hint}"
+    if item["type"] == "missing":
+        return f"{'.'.join(map(str, item['loc']))} is missing: add it"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return message
+    return f"{field}: found {item['input']!r:.80}; {message[0].lower()}{message[1:]}"
+
+
+def _sections(annotation: Any) -> list[type[_Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, _Section):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [s for arg in get_args(annotation) for s in _sections(arg)]
+    return []
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    section: type[_Section] = Config
+    for name in path:
+        inner = _sections(section.model_fields[name].annotation) if name in section.model_fields else []
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)
+
+
+_ALL_FIELDS = {name for s in (Config, DataConfig, TokenizerConfig) for name in s.model_fields}

@@ -1,0 +1,43 @@
+"""What can go wrong in a user's hands, and the exit code of each.
+
+Every message names the field or file, the value found and the remedy, in one line. Exit codes are
+part of the interface (docs/exit-codes.md): a launcher or a batch system acts on them.
+"""
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+"""Something failed that a second run with the same input would probably meet again."""
+EXIT_USAGE = 2
+"""The configuration or the arguments are wrong; nothing was started."""
+EXIT_STOPPED = 75
+"""Stopped by a signal, everything committed: run the same command again to go on (EX_TEMPFAIL)."""
+
+
+class UnisonoError(Exception):
+    """An error that a user can act on; printed as one line, without a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class ConfigError(UnisonoError):
+    """The configuration asks for something that does not exist or cannot be honoured."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(UnisonoError):
+    """The data cannot be used as it is."""
+
+
+class CheckpointError(UnisonoError):
+    """A checkpoint is missing, incomplete, damaged, or belongs to another run."""
+
+
+class ReplicaError(UnisonoError):
+    """Replicas disagree, or one of them failed and the others stopped with it."""
+
+
+class Stopped(UnisonoError):
+    """A signal asked for the end and everything is committed."""
+
+    exit_code = EXIT_STOPPED

@@ -1,0 +1,83 @@
+"""Data parallelism for a training loop of one's own, for any nn.Module.
+
+    world = unisono.join()
+    sync = unisono.replicate(model)
+    for x, y in batches:
+        x, y = world.share(x, y)
+        loss_function(model(x), y, reduction="sum").backward()
+        sync.finish(len(y))
+        optimizer.step(); optimizer.zero_grad()
+
+Gradients leave while the backward pass runs (sync/exact.py); after `finish` they are the gradients
+of the mean over the whole global batch, equal on every replica.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from unisono.errors import UnisonoError
+from unisono.sync import broadcast_model
+from unisono.sync.digest import check_replicas
+from unisono.sync.exact import Exact
+from unisono.sync.ledger import Group, Ledger
+
+
+class Replicas:
+    """A model's replicas. `ledger` says what was sent and how long it was waited for."""
+
+    def __init__(
+        self, model: nn.Module, bucket_mb: float = 4.0, timeout_s: float = 600.0
+    ) -> None:
+        self.ledger = Ledger()
+        self._model = model
+        self._group = Group("replicas", self.ledger, timeout_s)
+        broadcast_model(model, self._group)
+        self._exact = Exact(
+            model.named_parameters(), self.ledger, bucket_mb=bucket_mb, timeout_s=timeout_s
+        )
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Around each backward pass but the last of a step, to communicate once a step."""
+        with self._exact.micro_batch(last=False):
+            yield
+
+    @torch.no_grad()
+    def finish(self, count: float = 1.0) -> float:
+        """Collective: make every parameter's `.grad` the global one; returns the global count.
+
+        The sum of the gradients over replicas (and accumulated passes) is divided by the sum of
+        `count` over replicas. With losses that are sums over samples or tokens, `count` is how many
+        this replica summed, and may differ among replicas or be 0. With losses that are means over
+        equal shares, leave it at 1.
+        """
+        [total] = self._exact.finish(count)
+        if total <= 0:
+            raise UnisonoError(f"finish(count={count}): the counts of all replicas sum to {total}")
+        grads = [p.grad for p in self._exact.params if p.grad is not None]
+        if grads:
+            torch._foreach_div_(grads, total)
+        return total
+
+    def check(self, step: int = 0) -> None:
+        """Collective: raise ReplicaError, naming tensor and rank, if parameters are not equal."""
+        check_replicas(self._model.named_parameters(), self._group, step)
+
+    def close(self) -> None:
+        """Remove the hooks; the model is an ordinary one again."""
+        self._exact.close()
+
+
+def replicate(model: nn.Module, bucket_mb: float = 4.0, timeout_s: float = 600.0) -> Replicas:
+    """Collective: make `model` a replica of rank 0's; call it after `unisono.join()`.
+
+    Parameters and buffers are copied from rank 0. Parameters that need no gradient, tied and unused
+    ones are fine; what no replica uses keeps `.grad` None. `bucket_mb`: MiB that travel together.
+    """
+    if not dist.is_initialized():
+        raise UnisonoError("replicate(model): call unisono.join() first")
+    return Replicas(model, bucket_mb, timeout_s)

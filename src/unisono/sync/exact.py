@@ -1,0 +1,300 @@
+"""Exact synchronization: flat buckets that leave during the backward pass.
+
+Contract: after `finish` every parameter's `.grad` is the sum of what all replicas' backward passes
+added since the last one, bit for bit the same on every replica; None where no replica used the
+parameter. How a gradient travels:
+
+    backward pass -> copied into its bucket -> (bucket full) all-to-all: each rank receives every
+    rank's piece of its own 1/n -> fixed tree sum, float32 or wider -> all-gather of the sums
+
+Buckets leave in the order in which the backward pass fills them, seen in the first step. Cost: each
+rank sends 2 S (n-1)/n bytes for S bytes of gradients, as a ring all-reduce does, and holds one more
+copy of the gradients (the received pieces). With `leaves`, the micro-batches of a step are summed
+in the fixed tree too (sync/tree.py), which makes the result independent of the number of replicas.
+
+Failure: a lost peer or a timeout raises ReplicaError. A step may be given up at any point before
+`finish`, which still completes every collective, so that the replicas stay in step.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.nn import Parameter
+
+from unisono.errors import UnisonoError
+from unisono.sync.ledger import Group, Handle, Ledger
+from unisono.sync.tree import TreeSum, tree_sum
+
+ALIGN = 64
+"""Bytes. Every gradient starts at a multiple, so that kernels treat it alike wherever it lies."""
+
+
+class Bucket:
+    """Parameters whose gradients travel together; a flat buffer and each one's place in it."""
+
+    def __init__(self, params: Sequence[tuple[int, Parameter]], replicas: int, leaves: int | None):
+        first = params[0][1]
+        step = ALIGN // first.element_size()
+        self.indices = [i for i, _ in params]
+        self.views: list[torch.Tensor] = []
+        offsets, end = [], 0
+        for _, p in params:
+            offsets.append(end)
+            end += -(-p.numel() // step) * step
+        size = -(-end // (replicas * step)) * replicas * step
+        self.flat = torch.zeros(size, dtype=first.dtype, device=first.device)
+        for (_, p), offset in zip(params, offsets, strict=True):
+            self.views.append(self.flat[offset : offset + p.numel()].view(p.shape))
+        self.received = torch.empty_like(self.flat).view(replicas, -1) if replicas > 1 else None
+        self.tree = TreeSum(leaves) if leaves else None
+        self.missing = set(self.indices)
+        """Parameters that have no gradient yet in this micro-batch (or, without a tree, step)."""
+        self.pending = len(self.indices)
+        """Parameters that the communicating backward pass has yet to reach."""
+        self.scatter: Handle | None = None
+        self.gather: Handle | None = None
+
+    def reset(self) -> None:
+        self.missing = set(self.indices)
+        self.pending = len(self.indices)
+        self.scatter = self.gather = None
+
+
+class Exact:
+    """The strategy of this file. Collective: every rank makes it with the same arguments."""
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        ledger: Ledger,
+        *,
+        bucket_mb: float = 4.0,
+        leaves: int | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """`leaves`: micro-batches of this replica in every step, summed in the fixed tree."""
+        named = [(n, p) for n, p in named_parameters if p.requires_grad]
+        self.names = [n for n, _ in named]
+        self.params = [p for _, p in named]
+        self.ledger = ledger
+        self.leaves = leaves
+        self.bucket_bytes = int(bucket_mb * 2**20)
+        # Three groups: the order of all-gathers against all-to-alls depends on timing.
+        self._control = Group("control", ledger, timeout_s)
+        self._scatters = Group("scatter", ledger, timeout_s)
+        self._gathers = Group("gather", ledger, timeout_s)
+        self.replicas = self._control.size
+        self._used = [False] * len(self.params)
+        self._reached = [False] * len(self.params)
+        self._order: list[int] = []
+        self._order_known = False
+        self._last = True
+        self._lay_out(range(len(self.params) - 1, -1, -1))
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._on_gradient, i))
+            for i, p in enumerate(self.params)
+        ]
+
+    # --- the seam
+
+    @contextmanager
+    def micro_batch(self, last: bool = True) -> Iterator[None]:
+        """Around the forward and backward pass of a micro-batch; only the `last` communicates."""
+        self._last = last
+        try:
+            yield
+        finally:
+            self._last = True
+        if self.leaves and not last:
+            with self.ledger.clock("communication"):
+                self._keep_leaf()
+
+    def finish(self, *values: float) -> list[float]:
+        """Collective: complete the gradients; returns the sum over ranks of each of `values`."""
+        with self.ledger.clock("communication"):
+            scalars = torch.tensor([*values, *self._used], dtype=torch.float64)
+            summing = self._control.all_reduce(scalars)
+            for bucket in self._buckets[self._num_sent :]:
+                self._send(bucket)
+            self._advance(wait=True)
+            for bucket in self._buckets:
+                assert bucket.gather is not None
+                bucket.gather.wait()
+            self._join_streams()
+            summing.wait()
+            result = scalars.tolist()
+            self._hand_over(result[len(values) :])
+            self._reset()
+            if not self._order_known:
+                self._learn_order()
+        return result[: len(values)]
+
+    def discard(self) -> None:
+        """Forget the gradients of this step without communicating. Every rank must agree on it."""
+        for bucket in self._buckets:
+            if bucket.tree:
+                bucket.tree.reset()
+        self._reset()
+        for p in self.params:
+            p.grad = None
+
+    def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The gradients that this rank has accumulated itself, before `finish`."""
+        for name, p in zip(self.names, self.params, strict=True):
+            if p.grad is not None:
+                yield name, p.grad
+
+    def blame(self) -> tuple[int, str] | None:
+        """After `finish`: (rank, parameter) of a non-finite contribution that this rank received."""
+        if self.replicas == 1:
+            return None
+        for bucket in self._buckets:
+            assert bucket.received is not None
+            # Row 0 holds the sum by now; the other rows still are, or contain, single ranks' pieces.
+            for rank in range(self.replicas - 1, -1, -1):
+                bad = (~torch.isfinite(bucket.received[rank])).nonzero()
+                if len(bad):
+                    position = self._control.rank * bucket.received.shape[1] + int(bad[0])
+                    return rank, self._name_at(bucket, position)
+        return None
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    # --- the backward pass
+
+    @torch.no_grad()
+    def _on_gradient(self, i: int, param: Parameter) -> None:
+        """Runs when the backward pass has added the last contribution to `param.grad`."""
+        with self.ledger.clock("communication"):
+            bucket, view = self._places[i]
+            if bucket.scatter is not None:
+                raise UnisonoError(
+                    f"{self.names[i]} received a gradient after its bucket was sent: several "
+                    f"backward passes in one step need `with sync.micro_batch(last=False)` around "
+                    f"all but the last, and gradient checkpointing needs use_reentrant=False"
+                )
+            if param.grad is not view:
+                assert param.grad is not None
+                view.copy_(param.grad)
+                param.grad = view
+            bucket.missing.discard(i)
+            self._used[i] = True
+            if not self._last or self._reached[i]:
+                return
+            self._reached[i] = True
+            if not self._order_known:
+                self._order.append(i)
+            bucket.pending -= 1
+            while self._num_sent < len(self._buckets) and not self._next_bucket.pending:
+                self._send(self._next_bucket)
+            self._advance(wait=False)
+
+    @property
+    def _next_bucket(self) -> Bucket:
+        return self._buckets[self._num_sent]
+
+    def _fill_missing(self, bucket: Bucket) -> None:
+        for i in bucket.missing:
+            self._places[i][1].zero_()
+
+    def _keep_leaf(self) -> None:
+        for bucket in self._buckets:
+            self._fill_missing(bucket)
+            assert bucket.tree is not None
+            bucket.tree.add(bucket.flat)
+            bucket.missing = set(bucket.indices)
+        for p in self.params:
+            p.grad = None
+
+    def _send(self, bucket: Bucket) -> None:
+        self._fill_missing(bucket)
+        if bucket.tree:
+            if bucket.tree.complete_but_one:
+                bucket.tree.finish(bucket.flat)
+            else:  # the step was given up half-way; what travels is not used
+                bucket.tree.reset()
+        if bucket.received is None:
+            bucket.scatter = bucket.gather = Handle(None, None, self.ledger)
+        else:
+            bucket.scatter = self._scatters.all_to_all(bucket.received.view(-1), bucket.flat)
+        self._num_sent += 1
+
+    def _advance(self, wait: bool) -> None:
+        """Sum and return the buckets whose pieces have arrived, always in the order of sending."""
+        stream = self._stream
+        while self._num_gathered < self._num_sent:
+            bucket = self._buckets[self._num_gathered]
+            assert bucket.scatter is not None
+            if bucket.received is not None:
+                if not (wait or stream or bucket.scatter.done()):
+                    return
+                with torch.cuda.stream(stream):  # no-op on a CPU, where `stream` is None
+                    bucket.scatter.wait()
+                    total = tree_sum(list(bucket.received))
+                    bucket.gather = self._gathers.all_gather(bucket.flat, total.to(bucket.flat.dtype))
+            self._num_gathered += 1
+
+    def _join_streams(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    # --- between steps
+
+    def _hand_over(self, used: Sequence[float]) -> None:
+        for i, (_, view) in enumerate(self._places):
+            self.params[i].grad = view if used[i] else None
+
+    def _reset(self) -> None:
+        for bucket in self._buckets:
+            bucket.reset()
+        self._num_sent = self._num_gathered = 0
+        self._used = [False] * len(self.params)
+        self._reached = [False] * len(self.params)
+
+    def _learn_order(self) -> None:
+        """Collective: lay the buckets out as rank 0's first backward pass filled them."""
+        rest = [i for i in range(len(self.params) - 1, -1, -1) if i not in set(self._order)]
+        order = torch.tensor([*self._order, *rest])
+        self._control.broadcast(order).wait()
+        grads = [p.grad for p in self.params]
+        self._lay_out(order.tolist())
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                self._places[i][1].copy_(grad)
+                self.params[i].grad = self._places[i][1]
+        self._order_known = True
+
+    def _lay_out(self, order: Iterable[int]) -> None:
+        """Fill buckets in `order`, each of one dtype and device and about `bucket_bytes`."""
+        buckets: list[list[tuple[int, Parameter]]] = []
+        size = 0
+        for i in order:
+            p = self.params[i]
+            nbytes = p.numel() * p.element_size()
+            kind = (p.dtype, p.device)
+            last = buckets[-1][-1][1] if buckets else None
+            same = last is not None and (last.dtype, last.device) == kind
+            if not same or size + nbytes > self.bucket_bytes:
+                buckets.append([])
+                size = 0
+            buckets[-1].append((i, p))
+            size += nbytes
+        self._buckets = [Bucket(b, self.replicas, self.leaves) for b in buckets]
+        places = {
+            i: (b, v) for b in self._buckets for i, v in zip(b.indices, b.views, strict=True)
+        }
+        self._places = [places[i] for i in range(len(self.params))]
+        on_gpu = self.replicas > 1 and any(b.flat.is_cuda for b in self._buckets)
+        self._stream = torch.cuda.Stream() if on_gpu else None
+        self._num_sent = self._num_gathered = 0
+
+    def _name_at(self, bucket: Bucket, position: int) -> str:
+        for i, view in zip(bucket.indices, bucket.views, strict=True):
+            start = int(view.storage_offset())
+            if start <= position < start + view.numel():
+                return self.names[i]
+        return "padding"

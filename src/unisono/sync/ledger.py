@@ -1,0 +1,169 @@
+"""The ledger: the one thin layer through which every collective passes.
+
+It records operation, payload, group and times of each, and charges the time that this rank stands
+still to the clock's phase `waiting`. Receipt, forecast and the tests on bytes all read it; there is
+no second instrumentation. A group of one communicates nothing and records nothing.
+
+Bytes are those that this rank sends, S being the whole tensor and n the ranks of the group:
+all-to-all S (n-1)/n; all-gather of a chunk S/n: S (n-1)/n; all-reduce 2 S (n-1)/n (the least for
+any algorithm; gloo's own may send more); broadcast: S (n-1) from the source.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from unisono.clock import Clock
+from unisono.errors import ReplicaError
+
+# torch 2.13 renames the two; the new names have the same signature.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(slots=True)
+class Entry:
+    """One collective as this rank saw it. Times are time.perf_counter() seconds."""
+
+    operation: str
+    group: str
+    sequence: int
+    sent_bytes: int
+    started: float
+    waited_s: float = 0.0
+    """How long this rank stood still for it."""
+    finished: float = 0.0
+    """When this rank knew that it was finished."""
+
+
+@dataclass
+class Ledger:
+    """What this rank has communicated. Not thread-safe."""
+
+    clock: Clock = field(default_factory=Clock)
+    entries: deque[Entry] = field(default_factory=lambda: deque(maxlen=4096))
+    """The newest ones; totals below count all."""
+    sent_bytes: int = 0
+    collectives: int = 0
+
+
+class Handle:
+    """A collective on its way. `done` never blocks; `wait` returns when the result is usable."""
+
+    def __init__(self, work: Any, entry: Entry | None, ledger: Ledger) -> None:
+        self._work, self._entry, self._ledger = work, entry, ledger
+
+    def done(self) -> bool:
+        return self._work is None or bool(self._work.is_completed())
+
+    def wait(self) -> None:
+        """Raises ReplicaError when a peer is gone or the timeout is over."""
+        if self._work is None:
+            return
+        assert self._entry is not None
+        began = time.perf_counter()
+        try:
+            with self._ledger.clock("waiting"):
+                self._work.wait()
+        except RuntimeError as error:
+            entry = self._entry
+            raise ReplicaError(
+                f"lost the other replicas in {entry.operation} {entry.sequence} of group "
+                f"{entry.group!r} after {time.perf_counter() - entry.started:.1f} s: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        self._entry.finished = time.perf_counter()
+        self._entry.waited_s += self._entry.finished - began
+        self._work = None
+
+
+class Group:
+    """The ranks of one process group and the collectives they share, written into a ledger.
+
+    Within a group every rank must issue the same collectives in the same order; what may be issued
+    in an order that depends on timing belongs in a group of its own.
+    """
+
+    def __init__(self, name: str, ledger: Ledger, timeout_s: float) -> None:
+        """Collective: makes a process group of all ranks."""
+        self.name, self.ledger = name, ledger
+        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        self._sequence = 0
+        self._group = (
+            dist.new_group(timeout=timedelta(seconds=timeout_s)) if self.size > 1 else None
+        )
+
+    def _issue(self, operation: str, sent_bytes: int, call: Any) -> Handle:
+        if self.size == 1:
+            return Handle(None, None, self.ledger)
+        self._sequence += 1
+        entry = Entry(operation, self.name, self._sequence, sent_bytes, time.perf_counter())
+        self.ledger.entries.append(entry)
+        self.ledger.sent_bytes += sent_bytes
+        self.ledger.collectives += 1
+        try:
+            return Handle(call(), entry, self.ledger)
+        except RuntimeError as error:
+            raise ReplicaError(
+                f"lost the other replicas on starting {operation} {self._sequence} of group "
+                f"{self.name!r}: {str(error).splitlines()[0]}"
+            ) from error
+
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> Handle:
+        """Collective: row r of `sent` goes to rank r; row r of `received` comes from rank r."""
+        return self._issue(
+            "all-to-all",
+            _nbytes(sent) * (self.size - 1) // self.size,
+            lambda: dist.all_to_all_single(received, sent, group=self._group, async_op=True),
+        )
+
+    def all_gather(self, whole: torch.Tensor, chunk: torch.Tensor) -> Handle:
+        """Collective: `whole` becomes the chunks of all ranks in rank order."""
+        if self.size == 1:
+            whole.view(-1).copy_(chunk.view(-1))
+        return self._issue(
+            "all-gather",
+            _nbytes(chunk) * (self.size - 1),
+            lambda: _gather_into(whole.view(-1), chunk.view(-1), group=self._group, async_op=True),
+        )
+
+    def all_reduce(self, tensor: torch.Tensor) -> Handle:
+        """Collective: `tensor` becomes the sum over ranks, in place."""
+        return self._issue(
+            "all-reduce",
+            2 * _nbytes(tensor) * (self.size - 1) // self.size,
+            lambda: dist.all_reduce(tensor, group=self._group, async_op=True),
+        )
+
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> Handle:
+        """Collective: every rank's `tensor` becomes the source's, in place."""
+        sent = _nbytes(tensor) * (self.size - 1) if self.rank == source else 0
+        return self._issue(
+            "broadcast",
+            sent,
+            lambda: dist.broadcast(tensor, source, group=self._group, async_op=True),
+        )
+
+    def barrier(self) -> None:
+        """Collective: returns when every rank has come here."""
+        self.all_reduce(torch.zeros(1)).wait()
+
+    def sum(self, *values: float) -> list[float]:
+        """Collective: the sum of each value over the ranks, in float64."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        self.all_reduce(tensor).wait()
+        return list(tensor.tolist())
+
+    def each(self, *values: float) -> torch.Tensor:
+        """Collective: every rank's values, float64 [size, len(values)], the same on all ranks."""
+        table = torch.empty(self.size, len(values), dtype=torch.float64)
+        self.all_gather(table, torch.tensor(values, dtype=torch.float64)).wait()
+        return table
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
