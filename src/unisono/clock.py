@@ -4,10 +4,10 @@
 phases of a run sum to its wall time by construction and nothing is counted twice.
 """
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 PHASES = (
     "compute", "communication", "waiting", "data", "optimizer", "checkpoint", "evaluation", "other",
@@ -30,13 +30,20 @@ class Clock:
         before, self._phase, self._since = self._phase, phase, now
         return before
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         before = self._switch(phase)
         try:
             yield
         finally:
             self._switch(before)
+
+    def standing_still(self) -> contextlib.AbstractContextManager[None]:
+        """Blocked on other ranks: `waiting` inside a step's communication, else the phase around.
+
+        A rank that waits for another's checkpoint or evaluation spends that time on it too.
+        """
+        return self("waiting" if self._phase == "communication" else self._phase)
 
     def read(self) -> dict[str, float]:
         """Seconds by phase up to this moment."""

@@ -269,7 +269,11 @@ def _explain(item: Any) -> str:
         if not parent and key in _HINTS:
             return f"unknown key {dotted}: {_HINTS[key]}"
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*parent, near[0]])}?" if near else f"known: {', '.join(known)}"
+        hint = (
+            f"did you mean {'.'.join([*parent, near[0]])}?"
+            if near
+            else f"known: {', '.join(known)}"
+        )
         return f"unknown key {dotted}: {hint}"
     if item["type"] == "missing":
         return f"{'.'.join(map(str, item['loc']))} is missing: add it"
@@ -290,7 +294,9 @@ def _sections(annotation: Any) -> list[type[_Section]]:
 def _fields_at(path: list[str]) -> list[str]:
     section: type[_Section] = Config
     for name in path:
-        inner = _sections(section.model_fields[name].annotation) if name in section.model_fields else []
+        inner = (
+            _sections(section.model_fields[name].annotation) if name in section.model_fields else []
+        )
         if not inner:
             return []
         section = inner[0]

@@ -41,3 +41,11 @@ class Stopped(UnisonoError):
     """A signal asked for the end and everything is committed."""
 
     exit_code = EXIT_STOPPED
+
+
+class Elsewhere(ReplicaError):
+    """Another rank failed and has said why; this one only stops, with the same exit code."""
+
+    def __init__(self, rank: int, exit_code: int) -> None:
+        super().__init__(f"rank {rank} failed; its message says why")
+        self.exit_code = exit_code

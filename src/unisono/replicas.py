@@ -29,9 +29,7 @@ from unisono.sync.ledger import Group, Ledger
 class Replicas:
     """A model's replicas. `ledger` says what was sent and how long it was waited for."""
 
-    def __init__(
-        self, model: nn.Module, bucket_mb: float = 4.0, timeout_s: float = 600.0
-    ) -> None:
+    def __init__(self, model: nn.Module, bucket_mb: float = 4.0, timeout_s: float = 600.0) -> None:
         self.ledger = Ledger()
         self._model = model
         self._group = Group("replicas", self.ledger, timeout_s)

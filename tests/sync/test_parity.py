@@ -146,7 +146,8 @@ def test_one_micro_batch_a_rank(strategy: str) -> None:
 @pytest.mark.parametrize("leaves", [8, 24])
 def test_strict_digests_are_equal_at_any_power_of_two(leaves: int) -> None:
     digests = {
-        size: {r[2] for r in run_ranks(train, size, "exact", leaves, True, 6)} for size in (1, 2, 4, 8)
+        size: {r[2] for r in run_ranks(train, size, "exact", leaves, True, 6)}
+        for size in (1, 2, 4, 8)
     }
     assert len(set.union(*digests.values())) == 1, digests
 

@@ -33,6 +33,10 @@ class Strategy(Protocol):
     def discard(self) -> None:
         """Forget the gradients of this step without communicating. Every rank must agree on it."""
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those that are trained, each once, in the model's order."""
+        ...
+
     def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What this rank's own backward passes have left, before `finish`."""
         ...

@@ -37,7 +37,7 @@ class DDP:
         self.params = [p for _, p in self.named]
         self.model = DistributedDataParallel(
             module,
-            bucket_cap_mb=bucket_mb,  # type: ignore[arg-type]  # None is its documented default
+            bucket_cap_mb=bucket_mb,
             gradient_as_bucket_view=True,
             find_unused_parameters=find_unused_parameters,
         )
@@ -62,6 +62,10 @@ class DDP:
         """Forget the gradients of this step without communicating. Every rank must agree on it."""
         for p in self.params:
             p.grad = None
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those that are trained, each once, in the model's order."""
+        return self.named
 
     def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The gradients that this rank has accumulated itself, under micro_batch(last=False)."""

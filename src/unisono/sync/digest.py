@@ -26,9 +26,7 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     rows = whole.sum(1, dtype=torch.int64)
     lanes[: len(rest)] += rest * (len(rows) + 1)
     position = torch.arange(1, max(_LANES, len(rows)) + 1, device=bits.device)
-    return torch.stack(
-        [(lanes * position[:_LANES]).sum(), (rows * position[: len(rows)]).sum()]
-    )
+    return torch.stack([(lanes * position[:_LANES]).sum(), (rows * position[: len(rows)]).sum()])
 
 
 def sha256(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -140,6 +140,10 @@ class Exact:
         for p in self.params:
             p.grad = None
 
+    def named_parameters(self) -> list[tuple[str, Parameter]]:
+        """Those that are trained, each once, in the model's order."""
+        return list(zip(self.names, self.params, strict=True))
+
     def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The gradients that this rank has accumulated itself, before `finish`."""
         for name, p in zip(self.names, self.params, strict=True):
@@ -235,7 +239,9 @@ class Exact:
                 with torch.cuda.stream(stream):  # no-op on a CPU, where `stream` is None
                     bucket.scatter.wait()
                     total = tree_sum(list(bucket.received))
-                    bucket.gather = self._gathers.all_gather(bucket.flat, total.to(bucket.flat.dtype))
+                    bucket.gather = self._gathers.all_gather(
+                        bucket.flat, total.to(bucket.flat.dtype)
+                    )
             self._num_gathered += 1
 
     def _join_streams(self) -> None:
@@ -284,9 +290,7 @@ class Exact:
             buckets[-1].append((i, p))
             size += nbytes
         self._buckets = [Bucket(b, self.replicas, self.leaves) for b in buckets]
-        places = {
-            i: (b, v) for b in self._buckets for i, v in zip(b.indices, b.views, strict=True)
-        }
+        places = {i: (b, v) for b in self._buckets for i, v in zip(b.indices, b.views, strict=True)}
         self._places = [places[i] for i in range(len(self.params))]
         on_gpu = self.replicas > 1 and any(b.flat.is_cuda for b in self._buckets)
         self._stream = torch.cuda.Stream() if on_gpu else None

@@ -1,7 +1,7 @@
 """The ledger: the one thin layer through which every collective passes.
 
 It records operation, payload, group and times of each, and charges the time that this rank stands
-still to the clock's phase `waiting`. Receipt, forecast and the tests on bytes all read it; there is
+still in a step to the clock's phase `waiting`. Receipt, forecast and the tests on bytes all read it; there is
 no second instrumentation. A group of one communicates nothing and records nothing.
 
 Bytes are those that this rank sends, S being the whole tensor and n the ranks of the group:
@@ -67,7 +67,7 @@ class Handle:
         assert self._entry is not None
         began = time.perf_counter()
         try:
-            with self._ledger.clock("waiting"):
+            with self._ledger.clock.standing_still():
                 self._work.wait()
         except RuntimeError as error:
             entry = self._entry

@@ -47,7 +47,9 @@ class Reference:
         """Collective: complete the gradients; returns the sum over ranks of each of `values`."""
         with self.ledger.clock("communication"):
             self._keep_leaf()
-            mine = [any(leaf[i] is not None for leaf in self._leaves) for i in range(len(self.params))]
+            mine = [
+                any(leaf[i] is not None for leaf in self._leaves) for i in range(len(self.params))
+            ]
             # A step that was given up may have fewer leaves on one rank than on another.
             totals = self._group.sum(*values, *mine)
             most = int(self._group.each(len(self._leaves)).max())
@@ -66,6 +68,10 @@ class Reference:
         self._leaves = []
         for p in self.params:
             p.grad = None
+
+    def named_parameters(self) -> list[tuple[str, Parameter]]:
+        """Those that are trained, each once, in the model's order."""
+        return self.named
 
     def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The gradients of this rank's current micro-batch."""

@@ -1,0 +1,166 @@
+"""The command: argv -> Config -> one call. Heavy imports live inside the verbs."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unisono.errors import EXIT_FAILED, ConfigError, Elsewhere, UnisonoError
+
+app = typer.Typer(
+    help="N replicas train the model that one would have trained, as fast as the link allows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigArgument = Annotated[
+    str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value, for example learning_rate=3e-4 data.path=my.txt"),
+]
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Local replicas; default: one for each GPU, or one.")
+    ] = None,
+) -> None:
+    """Train a causal language model; run it again to go on after a stop."""
+    from unisono import config as config_module
+
+    items = [*(overrides or []), *([f"replicas={replicas}"] if replicas else [])]
+    asked = config_module.load(config, items)
+    from unisono.world import from_env, launched
+
+    if not launched():
+        count = _local_replicas(asked)
+        if count > 1:
+            from unisono.launch.local import launch
+
+            command = [sys.executable, "-m", "unisono", "train", config, *items]
+            threads = asked.threads or (1 if asked.determinism == "strict" else None)
+            raise typer.Exit(launch(command, count, threads))
+    from unisono.launch.local import die_with_parent
+
+    die_with_parent()
+    threads = asked.threads or (1 if asked.determinism == "strict" else None)
+    world = from_env(asked.device, threads, asked.timeout_s)
+    from unisono.observe.screen import Quiet, Screen
+    from unisono.train.loop import train as run
+
+    with Screen(every=asked.logging_steps) if world.is_main else Quiet() as screen:
+        run(asked, world, screen)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A run folder, a checkpoint, or a model directory.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt with a trained model."""
+    from unisono.generate import generate as run
+
+    print(run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed))  # fmt: skip
+
+
+@app.command()
+def verify(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    replicas: Annotated[
+        str, typer.Option(help="Numbers of replicas; the first is compared with.")
+    ] = "1,2,4",
+    steps: Annotated[int, typer.Option(min=1)] = 5,
+    strict: Annotated[bool, typer.Option(help="Demand equal bits.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the table here too.")
+    ] = None,
+) -> None:
+    """Prove on your configuration that N replicas train what one would; exit code 1 if not."""
+    import json
+
+    from unisono import config as config_module
+    from unisono.verify import render
+    from unisono.verify import verify as run
+
+    try:
+        counts = [int(part) for part in replicas.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ConfigError(f"--replicas: found {replicas!r}; write numbers, for example 1,2,4")
+    items = [*(overrides or []), *(["determinism=strict"] if strict else [])]
+    verdict = run(config, items, config_module.load(config, items), counts, steps)
+    from rich.console import Console
+
+    Console().print(render(verdict))
+    if json_file is not None:
+        json_file.write_text(json.dumps(verdict.as_json(), indent=2) + "\n")
+    if not verdict.holds:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command(hidden=True)
+def verify_worker(
+    config: ConfigArgument, overrides: OverridesArgument = None, steps: int = 5
+) -> None:
+    """One replica of a run that `verify` compares."""
+    from unisono import config as config_module
+    from unisono.launch.local import die_with_parent
+    from unisono.verify import worker
+    from unisono.world import from_env
+
+    die_with_parent()
+    asked = config_module.load(config, overrides or [])
+    worker(asked, from_env(asked.device, asked.threads, asked.timeout_s), steps)
+
+
+def _local_replicas(asked: "object") -> int:
+    """The number asked for, or one for each GPU; torch is only imported where a driver is."""
+    from unisono.config import Config
+
+    assert isinstance(asked, Config)
+    if isinstance(asked.replicas, int):
+        return asked.replicas
+    if asked.device == "cpu" or not Path("/proc/driver/nvidia").exists():
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def main() -> None:
+    """Run a verb; an error a user can act on is one line, anything else a traceback."""
+    rank = os.environ.get("RANK", "")
+    try:
+        app()
+    except UnisonoError as error:
+        if not isinstance(error, Elsewhere):
+            place = f" [rank {rank}]" if rank not in ("", "0") else ""
+            for line in str(error).splitlines():
+                print(f"unisono{place}: {line}", file=sys.stderr)
+        _leave(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        _leave(EXIT_FAILED)
+
+
+def _leave(code: int) -> None:
+    """Exit even where a process group's threads would wait for peers that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,78 @@
+"""Text from a model: greedy or sampled, from a run folder, a checkpoint, or any Hugging Face model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unisono.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """The prompt and its continuation. Raises ConfigError when there is no such model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{model}: no config.json in it; is it a run folder that has finished?")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        latest = sorted(folder.glob("checkpoint-*/"), key=lambda p: int(p.name.split("-")[1]))
+        if not latest:
+            raise ConfigError(f"{model}: neither a model nor a checkpoint in it yet")
+        model = str(latest[-1])
+    local = Path(model).is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=local)
+        loaded = AutoModelForCausalLM.from_pretrained(model, local_files_only=local)
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{model}: not a model that can be loaded: {line}") from None
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return continue_text(
+        loaded.to(device), tokenizer, prompt, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, seed=seed,
+    )  # fmt: skip
+
+
+def continue_text(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """The prompt and what the model makes of it; temperature 0 is greedy. Not collective."""
+    import torch
+
+    training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = ids.to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            use_cache=True,
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        )
+    model.train(training)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -1,0 +1,86 @@
+"""Hugging Face causal language models: from a directory, from the hub, or new from a config.
+
+The model is the user's: nothing is patched. Code that comes with a model is never run.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unisono.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def load_model(
+    model: str | dict[str, Any],
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    seed: int,
+    sequence_length: int,
+    gradient_checkpointing: bool = False,
+) -> "PreTrainedModel":
+    """A float32 model in training mode on the CPU; new weights are a function of `seed`.
+
+    Raises ConfigError: unknown architecture or field, no such model, a context that is too short.
+    """
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # for weights that load in milliseconds, and in every checkpoint
+    torch.manual_seed(seed)
+    loaded = _new(model, tokenizer) if isinstance(model, dict) else _pretrained(model)
+    context = getattr(loaded.config, "max_position_embeddings", None)
+    if context is not None and sequence_length > context:
+        raise ConfigError(
+            f"sequence_length: found {sequence_length}, but the model's context is {context} "
+            f"(max_position_embeddings); write at most that"
+        )
+    if gradient_checkpointing:
+        enable = getattr(
+            loaded, "activation_checkpointing_enable", loaded.gradient_checkpointing_enable
+        )
+        # The reentrant kind runs a backward pass inside the backward pass and would report
+        # gradients twice.
+        enable({"use_reentrant": False})
+    loaded.config.use_cache = False
+    return loaded.train()
+
+
+def _new(fields: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {"vocab_size": len(tokenizer), **fields}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.setdefault(name, getattr(tokenizer, name))
+    model_type = fields.pop("model_type")
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        raise ConfigError(f"model.model_type: found {model_type!r}; {_line(error)}") from None
+    unknown = sorted(set(fields) - set(config.to_dict()))
+    if unknown:
+        raise ConfigError(f"model.{unknown[0]}: not a field of a {model_type} configuration")
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"model: a {model_type} cannot be built: {_line(error)}") from None
+
+
+def _pretrained(name: str) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, local_files_only=Path(name).is_dir()
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model: cannot load {name!r}: {_line(error)}; give a directory that save_pretrained "
+            f"wrote, or a hub name"
+        ) from None
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

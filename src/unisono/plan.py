@@ -1,0 +1,206 @@
+"""What was decided: from what the user asked and where we run, each number with its reason.
+
+Made once, before the first step, printed and saved with the run; nothing changes it afterwards
+except an out-of-memory, which makes a new one with a smaller micro-batch.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from unisono.config import Config
+from unisono.errors import ConfigError
+from unisono.train.scaling import Hyper, scale, warmup_steps
+from unisono.world import World
+
+STRICT_REPLICAS = 8
+"""Strict mode cuts the global batch into a multiple of this many micro-batches, whatever the number
+of replicas, so that up to this many (any power of two) hold whole subtrees of one and the same sum."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What model and data are, as far as the plan needs it."""
+
+    parameters: int
+    trainable: int
+    gradient_bytes: int
+    train_samples: int
+    eval_samples: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will go. Sizes in sequences, lengths in tokens, memory in bytes."""
+
+    replicas: int
+    global_batch_size: int
+    micro_batches: int
+    """Of one step over all replicas: the leaves of the sum."""
+    accumulation: int
+    """Micro-batches of one step on one replica."""
+    micro_batch_size: int
+    """Rows of the largest micro-batch."""
+    sequence_length: int
+    samples: int
+    """Positions of the whole run; the last step may be smaller than the others."""
+    max_steps: int
+    epochs: float
+    hyper: Hyper
+    warmup_steps: int
+    eval_steps: int
+    save_steps: int
+    sent_bytes_per_step: int
+    """By each rank."""
+    model_bytes: int
+    """Weights, gradients, optimizer state and received gradients on each replica."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def rows(self, leaf: int) -> range:
+        """Rows of the global batch that micro-batch `leaf` holds; sizes differ by one at most."""
+        n, m = self.global_batch_size, self.micro_batches
+        return range(leaf * n // m, (leaf + 1) * n // m)
+
+    def positions(self, step: int) -> range:
+        """Positions in the order of samples that optimizer step `step` uses."""
+        start = step * self.global_batch_size
+        return range(start, min(start + self.global_batch_size, self.samples))
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def largest_micro_batch(config: Config, world: World) -> int:
+    """The most rows that a micro-batch can have here."""
+    return math.ceil(config.global_batch_size / world.size)
+
+
+def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> Plan:
+    """Decide. `micro_batch`: the most rows of a forward pass, as given or found by trying.
+
+    Raises ConfigError where strict mode cannot hold or the data are too few.
+    """
+    reasons: dict[str, str] = {}
+    leaves = _micro_batches(config, world, micro_batch, reasons)
+    steps, samples = _length(config, facts, reasons)
+    hyper = scale(config)
+    reasons["learning_rate"] = hyper.reason
+    warmup, reasons["warmup_steps"] = warmup_steps(config, hyper, steps)
+    tenth = max(1, round(steps / 10))
+    n = world.size
+    sent = 2 * facts.gradient_bytes * (n - 1) // n
+    if config.sync == "reference":
+        sent = facts.gradient_bytes * (n - 1) * (leaves // n)
+    moments = {"adamw": 2, "sgd": int(config.momentum > 0)}[config.optim]
+    memory = 4 * facts.parameters + facts.gradient_bytes * (1 + moments + int(n > 1))
+    reasons["sent_bytes_per_step"] = f"{facts.trainable / 1e6:.2f} M gradients, {config.sync}"
+    return Plan(
+        replicas=n,
+        global_batch_size=config.global_batch_size,
+        micro_batches=leaves,
+        accumulation=leaves // n,
+        micro_batch_size=math.ceil(config.global_batch_size / leaves),
+        sequence_length=config.sequence_length,
+        samples=samples,
+        max_steps=steps,
+        epochs=samples / facts.train_samples,
+        hyper=hyper,
+        warmup_steps=warmup,
+        eval_steps=config.eval_steps or tenth,
+        save_steps=config.save_steps or tenth,
+        sent_bytes_per_step=sent,
+        model_bytes=memory,
+        reasons=reasons,
+    )
+
+
+def with_micro_batch(plan: Plan, config: Config, world: World, micro_batch: int) -> Plan:
+    """The same plan with smaller micro-batches; the global batch stays."""
+    reasons = dict(plan.reasons)
+    leaves = _micro_batches(config, world, micro_batch, reasons)
+    return replace(
+        plan,
+        micro_batches=leaves,
+        accumulation=leaves // world.size,
+        micro_batch_size=math.ceil(config.global_batch_size / leaves),
+        reasons=reasons,
+    )
+
+
+def _micro_batches(config: Config, world: World, micro_batch: int, reasons: dict[str, str]) -> int:
+    batch, n = config.global_batch_size, world.size
+    if config.determinism != "strict":
+        count = n * math.ceil(batch / (n * micro_batch))
+        found = "found by trying" if config.micro_batch_size == "auto" else "as given"
+        reasons["micro_batch_size"] = found
+        if n > batch:
+            reasons["micro_batch_size"] = f"{n - batch} of {n} replicas have no row: batch {batch}"
+        return count
+    if n & (n - 1):
+        raise ConfigError(
+            f"replicas: found {n}; determinism: strict needs a power of two "
+            f"(a fixed binary tree is cut at whole subtrees)"
+        )
+    if config.sync == "ddp":
+        raise ConfigError(
+            "sync: found ddp; its order of sums depends on the number of replicas, so "
+            "determinism: strict needs sync: exact"
+        )
+    unit = max(STRICT_REPLICAS, n)
+    count = unit * math.ceil(batch / (unit * micro_batch))
+    reasons["micro_batch_size"] = (
+        f"strict: {count} micro-batches a step, the same for every number of replicas up to {unit}"
+    )
+    return count
+
+
+def _length(config: Config, facts: Facts, reasons: dict[str, str]) -> tuple[int, int]:
+    """(optimizer steps, samples) of the run."""
+    if config.max_steps is not None:
+        reasons["max_steps"] = "as given"
+        return config.max_steps, config.max_steps * config.global_batch_size
+    samples = max(1, round(config.num_train_epochs * facts.train_samples))
+    steps = math.ceil(samples / config.global_batch_size)
+    reasons["max_steps"] = f"{config.num_train_epochs:g} epochs of {facts.train_samples} samples"
+    return steps, samples
+
+
+def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tuple[str, str, str]]:
+    """(what, value, reason) rows of the table that is shown before the first step."""
+    place = "CPU" if world.device == "cpu" else world.device.split(":")[0].upper()
+    threads = f", {world.threads} threads each" if world.device == "cpu" else ""
+    tokens = plan.global_batch_size * plan.sequence_length
+    h = plan.hyper
+    optimizer = f"lr {h.learning_rate:.4g}, weight decay {h.weight_decay:.3g}"
+    if config.optim == "adamw":
+        optimizer += f", betas {h.beta1:.3g} {h.beta2:.4g}"
+    return [
+        ("model", f"{facts.parameters / 1e6:.2f} M parameters", f"{facts.trainable / 1e6:.2f} M trained"),
+        ("replicas", f"{plan.replicas} on {place}", f"sync {config.sync}{threads}"),
+        (
+            "global batch",
+            f"{plan.global_batch_size} x {plan.sequence_length} = {tokens:,} tokens",
+            f"{plan.replicas} replicas x {plan.accumulation} micro-batches of up to "
+            f"{plan.micro_batch_size}",
+        ),
+        ("micro-batch", str(plan.micro_batch_size), plan.reasons["micro_batch_size"]),
+        ("steps", f"{plan.max_steps:,}", plan.reasons["max_steps"]),
+        ("optimizer", optimizer, plan.reasons["learning_rate"]),
+        (
+            "schedule",
+            f"{config.lr_scheduler_type}, warm-up {plan.warmup_steps}",
+            plan.reasons["warmup_steps"],
+        ),
+        (
+            "on the wire",
+            f"{plan.sent_bytes_per_step / 1e6:.2f} MB a step and rank",
+            plan.reasons["sent_bytes_per_step"],
+        ),
+        ("memory", f"{plan.model_bytes / 1e6:.1f} MB a replica", "without activations"),
+        (
+            "held out",
+            f"{facts.eval_samples:,} of {facts.eval_samples + facts.train_samples:,} samples",
+            f"evaluated every {plan.eval_steps} steps, saved every {plan.save_steps}",
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,152 @@
+"""One optimizer step: this replica's micro-batches, the vote, and who is to blame if it fails."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from unisono.data.blocks import NO_LABEL, Batch, Blocks
+from unisono.data.order import Order
+from unisono.plan import Plan
+from unisono.sync import Strategy
+from unisono.sync.ddp import DDP
+from unisono.sync.ledger import Group
+from unisono.train.trial import is_out_of_memory
+from unisono.train.vote import FAILED, OUT_OF_MEMORY, Ballot, Outcome, pack, unpack
+
+LossSum = Callable[[Batch], torch.Tensor]
+
+SLOW_STEP_S = 1.0
+"""When steps take longer, a signal is also looked for between micro-batches."""
+
+
+@dataclass
+class Feed:
+    """Which samples a micro-batch holds: a pure function of step and micro-batch."""
+
+    blocks: Blocks
+    order: Order
+    plan: Plan
+    seed: int
+
+    def samples(self, step: int, leaf: int) -> np.ndarray:
+        """Sample numbers of micro-batch `leaf` of the global batch; the last step's may be empty."""
+        positions = self.plan.positions(step)
+        rows = self.plan.rows(leaf)
+        return self.order.at(np.asarray(positions[rows.start : rows.stop], dtype=np.int64))
+
+    def batch(self, step: int, leaf: int) -> Batch:
+        """The micro-batch. An empty one is a row without targets, so that every rank computes."""
+        samples = self.samples(step, leaf)
+        if len(samples):
+            return self.blocks.read(samples)
+        row = self.blocks.read(np.zeros(1, dtype=np.int64))
+        return Batch(
+            row.input_ids, np.full_like(row.labels, NO_LABEL), row.position_ids, row.packed
+        )
+
+    def seed_for(self, step: int, leaf: int) -> int:
+        """Seed of dropout and the like: the same whichever rank runs the micro-batch."""
+        state = np.random.SeedSequence((self.seed, step, leaf)).generate_state(2)
+        return int(state[0]) << 31 ^ int(state[1])
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What became of a step on all ranks. `outcome` None: given up for a signal, nothing sent."""
+
+    outcome: Outcome | None
+    error: BaseException | None = None
+    """What failed on this rank, if it did."""
+
+
+def take_step(
+    step: int,
+    feed: Feed,
+    loss_sum: LossSum,
+    sync: Strategy,
+    votes: Group,
+    *,
+    stop: Callable[[], bool],
+    previous: tuple[float, float, float],
+) -> Taken:
+    """Collective: forward and backward of step `step` (0 is the first) and its synchronization.
+
+    Afterwards gradients are complete, unless the outcome tells of trouble; then they are to be
+    discarded, on every rank alike. `previous`: seconds that this rank waited in the step before,
+    that it took, and the longest that it took on any rank.
+    """
+    plan = feed.plan
+    waited_s, step_s, slowest_s = previous
+    ballot = Ballot(waited_s=waited_s, step_s=step_s)
+    clock = sync.ledger.clock
+    error: BaseException | None = None
+    losses: list[torch.Tensor] = []
+    try:
+        for k in range(plan.accumulation):
+            if slowest_s > SLOW_STEP_S and votes.sum(float(stop()))[0]:
+                sync.discard()
+                return Taken(None)
+            leaf = votes.rank * plan.accumulation + k
+            with clock("data"):
+                batch = feed.batch(step, leaf)
+            with clock("compute"), sync.micro_batch(last=k == plan.accumulation - 1):
+                torch.manual_seed(feed.seed_for(step, leaf))
+                loss = loss_sum(batch)
+                loss.backward()
+            losses.append(loss.detach())
+            ballot.tokens.append(int((batch.labels[:, 1:] != NO_LABEL).sum()))
+    except Exception as caught:
+        if isinstance(sync, DDP):
+            raise  # its reducer cannot complete a step that was given up
+        error = caught
+        ballot.trouble = OUT_OF_MEMORY if is_out_of_memory(caught) else FAILED
+    with clock("compute"):  # on a GPU this is where the backward pass is waited for
+        ballot.losses = [float(loss) for loss in losses]
+    ballot.stop = stop()
+    values = sync.finish(*pack(ballot, votes.rank, votes.size, plan.micro_batches))
+    return Taken(unpack(values, votes.size, plan.micro_batches), error)
+
+
+def find_culprit(step: int, feed: Feed, loss_sum: LossSum, sync: Strategy, votes: Group) -> str:
+    """Collective: why the gradient of `step` was not finite: rank, tensor, samples, in words.
+
+    Repeats this rank's micro-batches without communication and looks at each one's own gradients,
+    which for the same samples, weights and random numbers come out the same. What does not come
+    back was a passing fault; then the pieces that were received tell at least the rank.
+    """
+    seen = sync.blame() or (-1, "")
+    names = [n for n, _ in sync.named_parameters()]
+    leaf, tensor = -1, -1
+    for k in range(feed.plan.accumulation):
+        candidate = votes.rank * feed.plan.accumulation + k
+        with sync.micro_batch(last=False):
+            torch.manual_seed(feed.seed_for(step, candidate))
+            loss_sum(feed.batch(step, candidate)).backward()
+            bad = next(_not_finite(sync), None)
+        if bad is not None:
+            leaf, tensor = candidate, names.index(bad)
+            break
+    sync.discard()
+    table = votes.each(
+        float(leaf), float(tensor), float(seen[0]), float(names.index(seen[1]) if seen[1] else -1)
+    ).long()
+    for rank, (leaf, tensor, _, _) in enumerate(table.tolist()):
+        if leaf >= 0:
+            samples = feed.samples(step, leaf).tolist()
+            shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+            return f"rank {rank}, first in {names[tensor]}, samples {shown}"
+    for _, _, rank, tensor in table.tolist():
+        if rank >= 0:
+            return (
+                f"rank {rank}, in {names[tensor]}; it did not come back when the step was repeated, "
+                f"so look at that host's hardware"
+            )
+    return "no rank, when the step was repeated: a passing fault, so look at the hardware"
+
+
+def _not_finite(sync: Strategy) -> Iterator[str]:
+    for name, gradient in sync.local_gradients():
+        if not torch.isfinite(gradient).all():
+            yield name

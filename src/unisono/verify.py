@@ -1,0 +1,186 @@
+"""Proof on the user's own configuration that N replicas train what one replica trains.
+
+Runs the first steps of the job at several numbers of replicas, each from the same start in a
+scratch folder, and compares samples and their order, losses, and parameters; in strict mode the
+SHA-256 of weights and optimizer state must be equal.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from unisono.config import Config
+from unisono.errors import EXIT_DONE, UnisonoError
+from unisono.launch.local import launch
+from unisono.world import World
+
+LOSS_BOUND = {"float32": 1e-5, "bf16": 1e-2}
+PARAMETER_BOUND = {"float32": 1e-4, "bf16": 5e-2}
+"""Relative. Sums in another order differ in the last bits; AdamW divides by the size of a gradient,
+so where one is nearly zero it carries such a difference into a whole step of that weight."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of replicas beside the first one."""
+
+    replicas: int
+    samples_identical: bool
+    loss_difference: float
+    """Largest relative difference of a step's loss."""
+    parameter_difference: float
+    """Largest relative difference of a tensor, in the L2 norm."""
+    digest: str
+    digest_equal: bool
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    steps: int
+    strict: bool
+    loss_bound: float
+    parameter_bound: float
+    rows: list[Row]
+
+    @property
+    def holds(self) -> bool:
+        return all(r.holds for r in self.rows)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "holds": self.holds}
+
+
+def verify(
+    source: str, overrides: Sequence[str], config: Config, replicas: Sequence[int], steps: int
+) -> Verdict:
+    """Run the job at each number of replicas and compare with the first.
+
+    `source`, `overrides`: as given to `config.load`, of which `config` is the result. Raises
+    UnisonoError when a run fails; it has then said why.
+    """
+    strict = config.determinism == "strict"
+    threads = config.threads or 1  # the same for every number, for a fair comparison
+    with tempfile.TemporaryDirectory(prefix="unisono-verify-") as scratch:
+        results = []
+        for count in replicas:
+            out = Path(scratch) / str(count)
+            command = [
+                sys.executable, "-m", "unisono", "verify-worker", source, *overrides,
+                f"output_dir={out}", "resume=never", f"replicas={count}",
+                "--steps", str(steps),
+            ]  # fmt: skip
+            if launch(command, count, threads) != EXIT_DONE:
+                raise UnisonoError(f"verify: the run with {count} replicas failed, see above")
+            results.append(_read(out))
+        kind = "bf16" if config.bf16 else "float32"
+        loss_bound, parameter_bound = LOSS_BOUND[kind], PARAMETER_BOUND[kind]
+        rows = [
+            _compare(count, result, results[0], strict, loss_bound, parameter_bound)
+            for count, result in zip(replicas, results, strict=True)
+        ]
+    return Verdict(steps, strict, loss_bound, parameter_bound, rows)
+
+
+def worker(config: Config, world: World, steps: int) -> None:
+    """Collective: the first `steps` steps of the job; rank 0 writes what is compared."""
+    import torch
+    from safetensors.torch import save_file
+
+    from unisono.files import write_json
+    from unisono.observe.screen import Quiet
+    from unisono.sync.ledger import Group, Ledger
+    from unisono.train.loop import advance, own_samples, set_up, weights_digest
+    from unisono.train.stopping import watching
+    from unisono.world import joined
+
+    with watching() as stop, joined(world):
+        if config.determinism == "strict":
+            torch.use_deterministic_algorithms(True)
+        ledger = Ledger()
+        votes = Group("votes", ledger, config.timeout_s)
+        out = Path(config.output_dir)
+        out.mkdir(parents=True, exist_ok=True)
+        job = set_up(config, world, Quiet(), stop, ledger, votes)
+        losses, samples = [], []
+        while job.progress.step < min(steps, job.plan.max_steps):
+            samples += own_samples(job)
+            advanced = advance(job)
+            assert advanced is not None
+            losses.append(advanced.outcome.loss)
+            job.progress.step += 1
+        write_json(out / f"samples-{world.rank}.json", samples)
+        if world.is_main:
+            write_json(out / "result.json", {"losses": losses, "digest": weights_digest(job)})
+            tensors = {n: p.detach().cpu().contiguous() for n, p in job.model.named_parameters()}
+            save_file(tensors, out / "parameters.safetensors")
+        votes.barrier()
+
+
+@dataclass(frozen=True)
+class _Result:
+    losses: list[float]
+    digest: str
+    samples: list[list[int]]
+    """By rank."""
+    parameters: Any
+
+
+def _read(out: Path) -> _Result:
+    from safetensors.numpy import load_file
+
+    result = json.loads((out / "result.json").read_text())
+    files = sorted(out.glob("samples-*.json"), key=lambda p: int(p.stem.split("-")[1]))
+    samples = [json.loads(f.read_text()) for f in files]
+    parameters = load_file(out / "parameters.safetensors")
+    return _Result(result["losses"], result["digest"], samples, parameters)
+
+
+def _compare(
+    count: int, mine: _Result, first: _Result, strict: bool, loss_bound: float, bound: float
+) -> Row:
+    import numpy as np
+
+    identical = _by_step(mine) == _by_step(first)
+    losses = max(abs(a - b) / abs(b) for a, b in zip(mine.losses, first.losses, strict=True))
+    parameters = 0.0
+    for name, b in first.parameters.items():
+        a, b = mine.parameters[name].astype(np.float64), b.astype(np.float64)
+        scale = max(float(np.linalg.norm(b)), 1e-12)
+        parameters = max(parameters, float(np.linalg.norm(a - b)) / scale)
+    equal = mine.digest == first.digest
+    holds = identical and losses <= loss_bound and parameters <= bound and (equal or not strict)
+    return Row(count, identical, losses, parameters, mine.digest, equal, holds)
+
+
+def _by_step(result: _Result) -> list[list[int]]:
+    """Each step's samples in the order of the global batch: ranks hold contiguous rows."""
+    steps = len(result.losses)
+    cut = [[s[i * len(s) // steps : (i + 1) * len(s) // steps] for i in range(steps)] for s in result.samples]  # fmt: skip
+    return [[x for rank in cut for x in rank[step]] for step in range(steps)]
+
+
+def render(verdict: Verdict) -> Any:
+    """The table that the command prints."""
+    from rich.table import Table
+
+    mode = "strict: digests must be equal" if verdict.strict else "default: equal up to rounding"
+    table = Table(title=f"{verdict.steps} steps, {mode}", title_justify="left")
+    for heading in ("replicas", "samples", "loss +-", "parameters +-", "digest", "holds"):  # fmt: skip
+        table.add_column(heading, justify="right" if "+-" in heading else "left")
+    for r in verdict.rows:
+        same = "equal" if r.digest_equal else "differs"
+        table.add_row(
+            str(r.replicas),
+            "same order" if r.samples_identical else "[red]DIFFERENT[/red]",
+            f"{r.loss_difference:.1e}",
+            f"{r.parameter_difference:.1e}",
+            f"{r.digest[:8]} {same}",
+            "[green]yes[/green]" if r.holds else "[red]NO[/red]",
+        )
+    table.caption = f"largest relative difference from {verdict.rows[0].replicas})"
+    return table
