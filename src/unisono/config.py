@@ -5,14 +5,24 @@ Hugging Face's TrainingArguments names where one exists. The unit of a step is `
 in sequences; replicas and micro-batches only divide it. Nothing here imports torch.
 """
 
+import copy
 import difflib
+import reprlib
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from unisono.errors import ConfigError
 
@@ -20,7 +30,20 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, on and true as a bool, and Python takes that for the number 1."""
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            raise ValueError("input should not be a yes or no")
+        return value
 
 
 def _as_list(value: Any) -> Any:
@@ -28,6 +51,7 @@ def _as_list(value: Any) -> Any:
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+AtLeastOne = Annotated[int, Field(ge=1)]
 
 
 class DataConfig(_Section):
@@ -77,7 +101,7 @@ class Config(_Section):
     # --- how much, how long
     global_batch_size: int = Field(32, ge=1)
     """Sequences of one optimizer step, over all replicas and micro-batches."""
-    micro_batch_size: int | Literal["auto"] = "auto"
+    micro_batch_size: AtLeastOne | Literal["auto"] = "auto"
     """Sequences of one forward and backward pass on one replica; `auto` finds it by trying."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps; without it `num_train_epochs` decides."""
@@ -107,7 +131,7 @@ class Config(_Section):
     """Final rate as a share of the peak, for cosine_with_min_lr and warmup_stable_decay."""
     decay_ratio: float = Field(0.2, gt=0, le=1)
     """Share of the steps that warmup_stable_decay spends decaying."""
-    warmup_steps: float | Literal["auto"] = "auto"
+    warmup_steps: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Steps, or below 1 a share of the run. `auto`: see the plan."""
 
     # --- numerics
@@ -119,7 +143,7 @@ class Config(_Section):
     """`strict`: bit-identical weights at 1, 2, 4 and 8 replicas, and across a resume."""
 
     # --- replicas and synchronization
-    replicas: int | Literal["auto"] = "auto"
+    replicas: AtLeastOne | Literal["auto"] = "auto"
     """Local replicas; `auto` is one for each GPU, or one on a CPU. torchrun's WORLD_SIZE wins."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU for each local replica where there are any."""
@@ -147,7 +171,7 @@ class Config(_Section):
     """`auto`: the newest valid checkpoint of `output_dir`; `never`: refuse a folder that has one;
     or the path of a checkpoint."""
     logging_steps: int = Field(10, ge=1)
-    report_to: tuple[Literal["tensorboard"], ...] = ()
+    report_to: Annotated[tuple[Literal["tensorboard"], ...], BeforeValidator(_as_list)] = ()
     baseline_steps: int = Field(3, ge=0)
     """Micro-batches that measure one replica alone at the start, for the receipt; 0 measures
     nothing and the receipt has no efficiency."""
@@ -155,17 +179,12 @@ class Config(_Section):
     """Generate from this at the end and show it."""
     sample_tokens: int = Field(120, ge=1)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "Config":
-        if isinstance(self.micro_batch_size, int) and self.micro_batch_size < 1:
-            raise ValueError("micro_batch_size must be at least 1 or 'auto'")
-        if isinstance(self.replicas, int) and self.replicas < 1:
-            raise ValueError("replicas must be at least 1 or 'auto'")
-        if not isinstance(self.warmup_steps, str) and self.warmup_steps < 0:
-            raise ValueError("warmup_steps must be at least 0 or 'auto'")
-        if isinstance(self.model, dict) and "model_type" not in self.model:
-            raise ValueError("model: an architecture needs model_type, for example llama")
-        return self
+    @field_validator("model")
+    @classmethod
+    def _model_type_is_there(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "model_type" not in value:
+            raise ValueError("an architecture needs model_type, for example llama")
+        return value
 
 
 _HINTS = {
@@ -199,9 +218,10 @@ def load(source: str, overrides: Iterable[str] = ()) -> Config:
             raise ConfigError(f"{source}: no such file, and no recipe of that name ({names})")
         path = shipped
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
+    raw = _read_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values, found {_kind(raw)}")
     return parse(apply_overrides(raw, overrides), origin=str(path))
@@ -215,21 +235,19 @@ def parse(raw: Mapping[str, Any], origin: str = "config") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(item) for item in error.errors()))
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+        raise ConfigError(
+            "\n".join(f"{origin}: {line}" for line in _explain(error.errors()))
+        ) from None
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """`a.b=value` sets raw["a"]["b"]; the value is YAML, so `[1, 2]`, `null` and `true` work."""
-    result: dict[str, Any] = _copy(raw)
+    result: dict[str, Any] = copy.deepcopy(dict(raw))
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {item!r}: write key=value, for example learning_rate=3e-4")
-        try:
-            value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {item!r}: {_one_line(error)}") from None
+        value = _read_yaml(text, f"override {item!r}") if text else None
         *parents, last = key.replace("-", "_").split(".")
         node = result
         for parent in parents:
@@ -244,8 +262,12 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
     return result
 
 
-def _copy(node: Any) -> Any:
-    return {k: _copy(v) for k, v in node.items()} if isinstance(node, Mapping) else node
+def _read_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:
+        # A value that does not fit its tag (a date of month 13) raises whatever its conversion does.
+        raise ConfigError(f"{origin}: cannot be read as YAML: {_one_line(error)}") from None
 
 
 def _one_line(error: object) -> str:
@@ -253,34 +275,62 @@ def _one_line(error: object) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"
+    return "nothing" if value is None else f"{type(value).__name__} {_short(value)}"
 
 
-def _explain(item: Any) -> str:
-    """One line for one pydantic error: the field, what was found, what to write instead."""
-    # Union branches add their tags to the location; they are no part of the user's path.
-    steps = [str(s) for s in item["loc"] if s in _ALL_FIELDS or isinstance(s, int)]
-    field = ".".join(steps) or str(item["loc"][0] if item["loc"] else "config")
-    if item["type"] == "extra_forbidden":
-        key = str(item["loc"][-1])
-        parent = [s for s in map(str, item["loc"][:-1]) if s in _ALL_FIELDS]
-        known = _fields_at(parent)
-        dotted = ".".join([*parent, key])
-        if not parent and key in _HINTS:
-            return f"unknown key {dotted}: {_HINTS[key]}"
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {'.'.join([*parent, near[0]])}?"
-            if near
-            else f"known: {', '.join(known)}"
-        )
-        return f"unknown key {dotted}: {hint}"
-    if item["type"] == "missing":
-        return f"{'.'.join(map(str, item['loc']))} is missing: add it"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return message
-    return f"{field}: found {item['input']!r:.80}; {message[0].lower()}{message[1:]}"
+def _short(value: Any) -> str:
+    """A value for a message, of bounded length however large or deep it is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python refuses to write out an integer of thousands of digits
+        return f"{type(value).__name__} of very many digits"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxlevel = 3
+
+
+def _explain(errors: Iterable[Any]) -> list[str]:
+    """A line for each wrong field: its name, what was found, what to write instead.
+
+    A union has an error for each of its branches. They are joined, and those of a branch that was
+    not meant are left out where another branch has looked deeper.
+    """
+    lines: dict[str, str] = {}
+    for item in errors:
+        # Union branches add their tags to the location; they are no part of the user's path.
+        path = [str(s) for s in item["loc"] if s in _ALL_FIELDS or isinstance(s, int)]
+        message = item["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
+        message = message.replace("valid dictionary", "mapping").replace("valid tuple", "list")
+        message = message[0].lower() + message[1:]
+        if item["type"] == "extra_forbidden":
+            parent, key = path, str(item["loc"][-1])
+            if parent and parent[-1] == key:
+                parent = parent[:-1]
+            lines[".".join([*parent, key])] = _unknown_key(parent, key)
+        elif item["type"] == "missing":
+            lines[".".join(path)] = f"{'.'.join(path)} is missing: add it"
+        elif (field := ".".join(path) or "config") in lines:
+            lines[field] += f" or {message.removeprefix('input should be ')}"
+        else:
+            lines[field] = f"{field}: found {_short(item['input'])}; {message}"
+    return [
+        line
+        for field, line in lines.items()
+        if not any(deeper.startswith(f"{field}.") for deeper in lines)
+    ]
+
+
+def _unknown_key(parent: list[str], key: str) -> str:
+    dotted = ".".join([*parent, key])
+    if not parent and key in _HINTS:
+        return f"unknown key {dotted}: {_HINTS[key]}"
+    known = _fields_at(parent)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if near:
+        return f"unknown key {dotted}: did you mean {'.'.join([*parent, near[0]])}?"
+    return f"unknown key {dotted}: known: {', '.join(known)}"
 
 
 def _sections(annotation: Any) -> list[type[_Section]]:

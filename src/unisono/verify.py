@@ -88,19 +88,17 @@ def verify(
 
 def worker(config: Config, world: World, steps: int) -> None:
     """Collective: the first `steps` steps of the job; rank 0 writes what is compared."""
-    import torch
     from safetensors.torch import save_file
 
     from unisono.files import write_json
     from unisono.observe.screen import Quiet
     from unisono.sync.ledger import Group, Ledger
-    from unisono.train.loop import advance, own_samples, set_up, weights_digest
+    from unisono.train.advance import advance
+    from unisono.train.job import own_samples, set_up, weights_digest
     from unisono.train.stopping import watching
     from unisono.world import joined
 
     with watching() as stop, joined(world):
-        if config.determinism == "strict":
-            torch.use_deterministic_algorithms(True)
         ledger = Ledger()
         votes = Group("votes", ledger, config.timeout_s)
         out = Path(config.output_dir)
@@ -108,9 +106,11 @@ def worker(config: Config, world: World, steps: int) -> None:
         job = set_up(config, world, Quiet(), stop, ledger, votes)
         losses, samples = [], []
         while job.progress.step < min(steps, job.plan.max_steps):
-            samples += own_samples(job)
             advanced = advance(job)
             assert advanced is not None
+            if advanced.repeat:
+                continue
+            samples.append(own_samples(job))
             losses.append(advanced.outcome.loss)
             job.progress.step += 1
         write_json(out / f"samples-{world.rank}.json", samples)
@@ -125,8 +125,8 @@ def worker(config: Config, world: World, steps: int) -> None:
 class _Result:
     losses: list[float]
     digest: str
-    samples: list[list[int]]
-    """By rank."""
+    samples: list[list[list[int]]]
+    """By rank and step."""
     parameters: Any
 
 
@@ -146,12 +146,20 @@ def _compare(
     import numpy as np
 
     identical = _by_step(mine) == _by_step(first)
-    losses = max(abs(a - b) / abs(b) for a, b in zip(mine.losses, first.losses, strict=True))
-    parameters = 0.0
-    for name, b in first.parameters.items():
-        a, b = mine.parameters[name].astype(np.float64), b.astype(np.float64)
-        scale = max(float(np.linalg.norm(b)), 1e-12)
-        parameters = max(parameters, float(np.linalg.norm(a - b)) / scale)
+
+    def difference(a: Any, b: Any) -> float:
+        return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))
+
+    # np.max, because Python's max passes over what is not a number.
+    losses = float(np.max([difference(np.float64(a), np.float64(b)) for a, b in zip(mine.losses, first.losses, strict=True)]))  # fmt: skip
+    parameters = float(
+        np.max(
+            [
+                difference(mine.parameters[n].astype(np.float64), b.astype(np.float64))
+                for n, b in first.parameters.items()
+            ]
+        )
+    )
     equal = mine.digest == first.digest
     holds = identical and losses <= loss_bound and parameters <= bound and (equal or not strict)
     return Row(count, identical, losses, parameters, mine.digest, equal, holds)
@@ -159,9 +167,7 @@ def _compare(
 
 def _by_step(result: _Result) -> list[list[int]]:
     """Each step's samples in the order of the global batch: ranks hold contiguous rows."""
-    steps = len(result.losses)
-    cut = [[s[i * len(s) // steps : (i + 1) * len(s) // steps] for i in range(steps)] for s in result.samples]  # fmt: skip
-    return [[x for rank in cut for x in rank[step]] for step in range(steps)]
+    return [[x for mine in ranks for x in mine] for ranks in zip(*result.samples, strict=True)]
 
 
 def render(verdict: Verdict) -> Any:
@@ -182,5 +188,6 @@ def render(verdict: Verdict) -> Any:
             f"{r.digest[:8]} {same}",
             "[green]yes[/green]" if r.holds else "[red]NO[/red]",
         )
-    table.caption = f"largest relative difference from {verdict.rows[0].replicas})"
+    first = verdict.rows[0].replicas
+    table.caption = f"+-: the largest relative difference from the run with {first}"
     return table

@@ -73,13 +73,23 @@ def from_env(
 
     def number(name: str, default: int) -> int:
         text = environ.get(name, str(default))
-        if not text.isdigit():
+        if not text.isdecimal():
             raise ConfigError(f"environment {name}={text!r}: must be a whole number of at least 0")
         return int(text)
 
     rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
-    if launched(environ) and not rank < size:
+    if not rank < size:
         raise ConfigError(f"environment RANK={rank}: must be below WORLD_SIZE={size}")
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if STORE_VARIABLE in environ:
+        needed = needed[:2]
+    missing = [name for name in needed if name not in environ]
+    if missing and ("RANK" in environ or "WORLD_SIZE" in environ):
+        raise ConfigError(
+            f"environment: {missing[0]} is missing beside "
+            f"{' and '.join(n for n in needed[:2] if n in environ)}; start the replicas with "
+            f"torchrun or --replicas, or unset them"
+        )
     local_rank, local_size = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
     return World(
         rank=rank,
@@ -137,7 +147,8 @@ def joined(world: World) -> Iterator[World]:
         torch.set_num_threads(world.threads)
     if world.device != "cpu":
         torch.cuda.set_device(world.device)
-    _name_interface(os.environ.get("MASTER_ADDR"))
+    # Alone there is nobody to reach, and nothing should listen beyond this machine.
+    _name_interface(os.environ.get("MASTER_ADDR") if launched() else "127.0.0.1")
     store_file = os.environ.get(STORE_VARIABLE)
     backend = "gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=world.timeout_s)

@@ -1,9 +1,4 @@
-import os
-from pathlib import Path
-
 import pytest
-
-os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,8 @@ from unisono.config import Config, parse
 from unisono.data.problems import Problems
 from unisono.data.source import Source, resolve
 
-WORDS = (
-    "the quick brown fox jumps over a lazy dog while seven wizards box five jugs of liquor".split()
-)
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards box five jugs"
+WORDS = SENTENCE.split()
 
 
 def prose(num_words: int, seed: int = 0) -> str:

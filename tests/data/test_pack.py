@@ -1,5 +1,7 @@
 """Packing: nothing is lost, documents are on their own, and the result depends on the stream alone."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -42,7 +44,7 @@ def pieces(tokens, starts):
     found = []
     for row, begins in zip(tokens.tolist(), starts):
         bounds = [*np.flatnonzero(begins).tolist(), len(row)]
-        found += [row[a:b] for a, b in zip(bounds, bounds[1:]) if row[a] != PAD]
+        found += [row[a:b] for a, b in itertools.pairwise(bounds) if row[a] != PAD]
     return found
 
 
@@ -57,9 +59,9 @@ def test_best_fit_by_hand():
     losses = Losses()
     tokens, starts, targets = together(best_fit([stream([3, 2, 5, 2, 6])], 8, PAD, losses))
     assert tokens.tolist() == [
-        [12, 13, 14, 15, 16, 17, 10, 11],
+        [12, 13, 14, 15, 16, 17, 3, 4],
         [5, 6, 7, 8, 9, 0, 1, 2],
-        [3, 4, PAD, PAD, PAD, PAD, PAD, PAD],
+        [10, 11, PAD, PAD, PAD, PAD, PAD, PAD],
     ]
     assert starts.astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0, 1, 0],
@@ -111,7 +113,7 @@ def test_best_fit_keeps_documents_whole(lengths, block, chunk, window):
     begin = np.cumsum([0, *lengths])
     expected = [
         list(range(a, min(a + block, end)))
-        for first, end in zip(begin, begin[1:])
+        for first, end in itertools.pairwise(begin)
         for a in range(first, end, block)
         if min(a + block, end) - a > 1  # one token alone has no target
     ]
@@ -145,6 +147,22 @@ def test_best_fit_wastes_little():
     tokens, _, _ = together(best_fit([stream([int(n) for n in lengths[:600]])], 256, PAD, Losses()))
     used = lengths[:600].sum()
     assert tokens.size < 1.01 * used + 256
+
+
+def test_best_fit_decreasing_equals_the_plain_definition():
+    lengths = np.random.default_rng(2).integers(1, 40, 1500)
+    rooms: list[list[int]] = []  # [room, when it was last filled]
+    block, offset = [0] * len(lengths), [0] * len(lengths)
+    for when, i in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        # The fullest block with room; of equally full ones the one filled last.
+        fits = [(room, -then, b) for b, (room, then) in enumerate(rooms) if room >= lengths[i]]
+        block[i] = min(fits)[2] if fits else len(rooms)
+        if not fits:
+            rooms.append([64, 0])
+        offset[i] = 64 - rooms[block[i]][0]
+        rooms[block[i]] = [rooms[block[i]][0] - int(lengths[i]), when]
+    found = pack._best_fit_decreasing(lengths, 64)
+    assert (found[0].tolist(), found[1].tolist(), found[2]) == (block, offset, len(rooms))
 
 
 def test_pieces_without_anything_to_learn_are_dropped_and_counted():

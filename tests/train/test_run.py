@@ -190,16 +190,16 @@ def test_two_runs_cannot_write_one_folder(place: Path, tmp_path: Path) -> None:
 
 
 def small_memory_on_rank_1(world) -> None:
-    from unisono.train import loop
+    from unisono.train import job
 
-    original = loop.causal_lm
+    original = job.causal_lm
 
     def limited(model, batch, *args):
         if world.rank == 1 and len(batch.input_ids) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
         return original(model, batch, *args)
 
-    loop.causal_lm = limited
+    job.causal_lm = limited
 
 
 def test_out_of_memory_on_one_rank_shrinks_micro_batches_on_all(
@@ -223,9 +223,9 @@ def test_auto_micro_batch_agrees_on_what_fits_everywhere(place: Path, tmp_path: 
 
 def poison_rank_1(world) -> None:
     """Samples of rank 1 give a loss that is not a number, in the third step only."""
-    from unisono.train import loop, step
+    from unisono.train import advance, job
 
-    original, take = loop.causal_lm, loop.take_step
+    original, take = job.causal_lm, advance.take_step
     now = {"step": -1}
 
     def poisoned(model, batch, *args):
@@ -236,8 +236,7 @@ def poison_rank_1(world) -> None:
         now["step"] = number
         return take(number, *args, **kwargs)
 
-    loop.causal_lm, loop.take_step = poisoned, counted
-    assert step.take_step is take
+    job.causal_lm, advance.take_step = poisoned, counted
 
 
 @pytest.mark.parametrize("sync", ["exact", "reference", "ddp"])
@@ -252,14 +251,14 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all(
     assert str(samples[8])[:6] in told, "the first samples of rank 1 are named"
     assert "1 of 10 in a row" in told
     assert ends[0][2]["skipped_steps"] == 1
-    assert all(r["train/loss"] is not None for r in rows(tmp_path) if r.get("step", 0) > 3)
+    assert all(r.get("train/loss", 0) is not None for r in rows(tmp_path) if r["step"] > 3)
 
 
 def poison_always(world) -> None:
-    from unisono.train import loop
+    from unisono.train import job
 
-    original = loop.causal_lm
-    loop.causal_lm = lambda *args: original(*args) * float("nan")
+    original = job.causal_lm
+    job.causal_lm = lambda *args: original(*args) * float("nan")
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(place: Path, tmp_path: Path) -> None:
@@ -293,9 +292,9 @@ def test_replicas_that_differ_in_one_bit_are_named(place: Path, tmp_path: Path) 
 
 
 def failure_on_rank_1(world) -> None:
-    from unisono.train import loop
+    from unisono.train import job
 
-    original = loop.causal_lm
+    original = job.causal_lm
     calls = {"n": 0}
 
     def failing(*args):
@@ -304,7 +303,7 @@ def failure_on_rank_1(world) -> None:
             raise UnisonoTestFailure("the user's own bug")
         return original(*args)
 
-    loop.causal_lm = failing
+    job.causal_lm = failing
 
 
 class UnisonoTestFailure(CheckpointError):

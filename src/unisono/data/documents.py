@@ -129,7 +129,7 @@ def _cut(text: str, begin: int) -> int:
 
     Depends on the text alone, not on how it was read, so that its tokens do not either.
     """
-    if len(text) - begin <= 2 * SEGMENT_CHARS:
+    if len(text) - begin <= SEGMENT_CHARS:
         return 0
     # Between a visible character, a line end and a visible character, the tokenizers in use (GPT-2's
     # splitting and its descendants) would cut too.

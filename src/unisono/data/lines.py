@@ -228,17 +228,32 @@ def _opened(source: Source) -> Iterator[tuple[io.BufferedReader[Any], BinaryIO]]
     with open(source.path, "rb", buffering=_CHUNK) as disk:
         stream = cast("io.BufferedReader[Any]", disk)
         if source.compression == ".gz":
-            stream = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=disk)), _CHUNK)
+            stream = io.BufferedReader(_GzipFile(disk), _CHUNK)
         elif source.compression == ".zst":
             stream = io.BufferedReader(_ZstdFile(disk), _CHUNK)
         yield stream, disk
 
 
+class _GzipFile(io.RawIOBase):
+    """A decompressed view that gives what there is before it raises for a file that is cut short."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = gzip.GzipFile(fileobj=file)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read1(len(buffer))  # readinto would fill the buffer or raise
+        buffer[: len(data)] = data
+        return len(data)
+
+
 class _ZstdFile(io.RawIOBase):
     """A decompressed view that, unlike zstandard's own reader, notices a file that is cut short."""
 
-    # One byte of zstd can stand for 32 KiB: small inputs bound what one call can produce (32 MiB).
-    _INPUT = 1024
+    # Four bytes of zstd can stand for 128 KiB: small inputs bound what one call can produce (16 MiB).
+    _INPUT = 512
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

@@ -35,8 +35,12 @@ def launch(
     """
     with tempfile.TemporaryDirectory(prefix="unisono-") as folder:
         workers = [
+            # In groups of their own, so that Ctrl-C reaches them once, through the launcher: a
+            # second signal would end them without a checkpoint.
             subprocess.Popen(
-                command, env=_environment(r, replicas, threads, Path(folder), extra_env or {})
+                command,
+                env=_environment(r, replicas, threads, Path(folder), extra_env or {}),
+                process_group=0,
             )
             for r in range(replicas)
         ]

@@ -13,7 +13,8 @@ import torch
 from unisono.errors import ReplicaError
 from unisono.sync.ledger import Group
 
-_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32, 16: torch.int32}
+"""Wider elements count as several: weighted, their highest bits would leave the 64 of a sum."""
 _LANES = 256
 
 

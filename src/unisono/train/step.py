@@ -53,6 +53,18 @@ class Feed:
 
 
 @dataclass(frozen=True)
+class Previous:
+    """What the step before told about time; all zero before the first."""
+
+    waited_s: float = 0.0
+    """By this rank, for the others and the wire."""
+    step_s: float = 0.0
+    """Its wall time on this rank."""
+    slowest_s: float = 0.0
+    """The longest wall time of the step before it on any rank; the same on all ranks."""
+
+
+@dataclass(frozen=True)
 class Taken:
     """What became of a step on all ranks. `outcome` None: given up for a signal, nothing sent."""
 
@@ -69,23 +81,21 @@ def take_step(
     votes: Group,
     *,
     stop: Callable[[], bool],
-    previous: tuple[float, float, float],
+    previous: Previous,
 ) -> Taken:
     """Collective: forward and backward of step `step` (0 is the first) and its synchronization.
 
     Afterwards gradients are complete, unless the outcome tells of trouble; then they are to be
-    discarded, on every rank alike. `previous`: seconds that this rank waited in the step before,
-    that it took, and the longest that it took on any rank.
+    discarded, on every rank alike.
     """
     plan = feed.plan
-    waited_s, step_s, slowest_s = previous
-    ballot = Ballot(waited_s=waited_s, step_s=step_s)
+    ballot = Ballot(waited_s=previous.waited_s, step_s=previous.step_s)
     clock = sync.ledger.clock
     error: BaseException | None = None
     losses: list[torch.Tensor] = []
     try:
         for k in range(plan.accumulation):
-            if slowest_s > SLOW_STEP_S and votes.sum(float(stop()))[0]:
+            if previous.slowest_s > SLOW_STEP_S and votes.sum(float(stop()))[0]:
                 sync.discard()
                 return Taken(None)
             leaf = votes.rank * plan.accumulation + k

@@ -20,6 +20,9 @@ class Stop:
         self.asked: str | None = None
         self.graceful = False
 
+    def is_asked(self) -> bool:
+        return self.asked is not None
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.asked is None and self.graceful:

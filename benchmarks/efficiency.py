@@ -1,0 +1,138 @@
+"""Do two replicas train twice as fast as one, and at least as fast as PyTorch DDP?
+
+Runs one and the same job (the Shakespeare recipe's model, weak in communication) as separate
+processes, one thread a rank: one replica, two replicas under each strategy, interleaved and
+repeated. The global batch is the same everywhere, so one replica does twice the micro-batches. Every
+figure is a ratio within one round; medians over the rounds. Ranks are not pinned to cores: on two
+cores that costs DDP a third, because gloo's threads then share the core of the backward pass.
+
+    python benchmarks/efficiency.py [--rounds 5] [--steps 30] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SYSTEMS = ("one", "exact", "ddp")
+
+
+def worker(sync: str, steps: int, out: Path) -> None:
+    """One rank: set the job up, take `steps` timed steps; rank 0 writes the median step time."""
+    from unisono import config as config_module
+    from unisono.observe.screen import Quiet
+    from unisono.sync.ledger import Group, Ledger
+    from unisono.train.advance import advance
+    from unisono.train.job import set_up
+    from unisono.train.stopping import watching
+    from unisono.world import from_env, joined
+
+    asked = config_module.load("shakespeare", [f"output_dir={out}", f"sync={sync}", "device=cpu"])
+    world = from_env(asked.device, 1, asked.timeout_s)
+    with watching() as stop, joined(world):
+        ledger = Ledger()
+        votes = Group("votes", ledger, 600)
+        out.mkdir(parents=True, exist_ok=True)
+        job = set_up(asked, world, Quiet(), stop, ledger, votes)
+        times = []
+        for _ in range(steps + 5):
+            began = time.perf_counter()
+            advance(job)
+            job.progress.step += 1
+            times.append(time.perf_counter() - began)
+        if world.is_main:
+            sent = ledger.sent_bytes / len(times)
+            result = {"step_s": statistics.median(times[5:]), "sent_bytes_per_step": sent}
+            (out / "result.json").write_text(json.dumps(result))
+
+
+def measure(system: str, steps: int) -> dict:
+    from unisono.launch.local import launch
+
+    with tempfile.TemporaryDirectory() as folder:
+        sync = "exact" if system == "one" else system
+        command = [sys.executable, __file__, "--worker", sync, "--steps", str(steps), "--out", folder]
+        replicas = 1 if system == "one" else 2
+        if launch(command, replicas, 1) != 0:
+            raise SystemExit(f"{system}: the run failed")
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def machine() -> dict:
+    import torch
+
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/efficiency.py", *sys.argv[1:]]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "efficiency.json")
+    parser.add_argument("--worker", choices=["exact", "ddp", "reference"], help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker, args.steps, args.out)
+        return
+    about = machine()
+    print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {about['date']}")
+    rounds = []
+    for number in range(args.rounds):
+        order = SYSTEMS if number % 2 == 0 else SYSTEMS[::-1]
+        found = {system: measure(system, args.steps) for system in order}
+        steps = {s: found[s]["step_s"] for s in SYSTEMS}
+        row = {
+            "step_ms": {s: 1e3 * t for s, t in steps.items()},
+            "efficiency_exact": steps["one"] / (2 * steps["exact"]),
+            "efficiency_ddp": steps["one"] / (2 * steps["ddp"]),
+            "exact_over_ddp": steps["exact"] / steps["ddp"],
+            "sent_bytes_per_step": found["exact"]["sent_bytes_per_step"],
+        }
+        rounds.append(row)
+        print(
+            f"round {number + 1}: "
+            + ", ".join(f"{s} {t:.1f} ms" for s, t in row["step_ms"].items())
+            + f"; efficiency {row['efficiency_exact']:.3f} (ddp {row['efficiency_ddp']:.3f}), "
+            f"exact / ddp {row['exact_over_ddp']:.3f}",
+            flush=True,
+        )
+    keys = ("efficiency_exact", "efficiency_ddp", "exact_over_ddp")
+    medians = {k: statistics.median(r[k] for r in rounds) for k in keys}
+    print("median:", ", ".join(f"{k} {v:.3f}" for k, v in medians.items()))
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(
+        json.dumps({"machine": about, "medians": medians, "rounds": rounds}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""One optimizer step of a job: taken on all ranks, skipped on all ranks, or repeated on all ranks."""
+
+from dataclasses import dataclass
+
+import torch
+
+from unisono.errors import EXIT_FAILED, Elsewhere, UnisonoError
+from unisono.plan import with_micro_batch
+from unisono.sync.update import update
+from unisono.train.job import Job, memory_advice
+from unisono.train.schedule import factor
+from unisono.train.step import Previous, find_culprit, take_step
+from unisono.train.vote import OUT_OF_MEMORY, Outcome
+
+SKIPS_IN_A_ROW = 10
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """A step that all ranks have taken."""
+
+    outcome: Outcome
+    learning_rate: float
+    gradient_norm: float
+    repeat: bool = False
+    """Nothing was changed but the plan: take the same step again."""
+
+
+def advance(job: Job, previous: Previous | None = None) -> Advanced | None:
+    """Collective: gradients and update of the next step; None if given up for a signal.
+
+    The caller counts the step. Raises on every rank when any rank failed.
+    """
+    config, plan, step = job.config, job.plan, job.progress.step
+    taken = take_step(
+        step,
+        job.feed,
+        job.loss_sum,
+        job.sync,
+        job.votes,
+        stop=job.stop.is_asked,
+        previous=previous or Previous(),
+    )
+    if taken.outcome is None:
+        return None
+    if any(taken.outcome.trouble):
+        _handle_trouble(job, taken.outcome, taken.error)
+        return Advanced(taken.outcome, 0.0, 0.0, repeat=True)
+    _charge_waiting(job, taken.outcome)
+    rate = plan.hyper.learning_rate * factor(
+        config.lr_scheduler_type,
+        step,
+        plan.warmup_steps,
+        plan.max_steps,
+        config.min_lr_ratio,
+        config.decay_ratio,
+    )
+    return Advanced(taken.outcome, rate, _apply(job, taken.outcome, rate))
+
+
+def _apply(job: Job, outcome: Outcome, rate: float) -> float:
+    """Update the weights, or skip the step on all ranks alike; returns the gradient norm."""
+    for group in job.optimizer.param_groups:
+        group["lr"] = rate
+    params = [p for _, p in job.sync.named_parameters()]
+    limit = job.config.max_grad_norm
+    with job.ledger.clock("optimizer"):
+        done = update(params, job.optimizer, divide_by=max(1, outcome.tokens), max_norm=limit)
+    progress = job.progress
+    if done.committed:
+        progress.skipped_in_row = 0
+        return done.gradient_norm
+    progress.skipped += 1
+    progress.skipped_in_row += 1
+    culprit = find_culprit(progress.step, job.feed, job.loss_sum, job.sync, job.votes)
+    job.screen.warn(
+        f"step {progress.step + 1}: gradient not finite on {culprit}; the step is skipped on all "
+        f"replicas ({progress.skipped_in_row} of {SKIPS_IN_A_ROW} in a row)"
+    )
+    if progress.skipped_in_row >= SKIPS_IN_A_ROW:
+        raise UnisonoError(
+            f"step {progress.step + 1}: the gradient was not finite {SKIPS_IN_A_ROW} times in a "
+            f"row, last on {culprit}; lower learning_rate or look at those samples"
+        )
+    return done.gradient_norm
+
+
+def _handle_trouble(job: Job, outcome: Outcome, error: BaseException | None) -> None:
+    """Out of memory anywhere: smaller micro-batches everywhere. Anything else: all ranks stop."""
+    job.sync.discard()
+    failed = [r for r, t in enumerate(outcome.trouble) if t and t != OUT_OF_MEMORY]
+    if failed:
+        if error is not None:
+            raise error
+        raise Elsewhere(failed[0], EXIT_FAILED)
+    rank = outcome.trouble.index(OUT_OF_MEMORY)
+    size = job.plan.micro_batch_size
+    if size == 1 or job.config.determinism == "strict":
+        raise UnisonoError(
+            f"rank {rank} ran out of memory in step {job.progress.step + 1} with micro-batches of "
+            f"{size}; {memory_advice()}"
+        )
+    job.plan = with_micro_batch(job.plan, job.config, job.world, -(-size // 2))
+    job.screen.warn(
+        f"step {job.progress.step + 1}: rank {rank} ran out of memory; micro-batches of "
+        f"{job.plan.micro_batch_size} instead of {size} from here on, the global batch stays "
+        f"{job.plan.global_batch_size}"
+    )
+    if job.world.device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def _charge_waiting(job: Job, outcome: Outcome) -> None:
+    """Of the previous step's standing still, what the fastest rank had too is communication.
+
+    The rank that comes last waits only for the wire; what others waited beyond that, they waited
+    for it. This needs no common clock.
+    """
+    job.ledger.clock.move("waiting", "communication", min(outcome.waited_s))

@@ -1,0 +1,294 @@
+"""A run, set up: data, model, plan, strategy and optimizer, from the newest checkpoint if there is one.
+
+Everything is decided in the order in which it can be known, and each decision is the same on every
+rank. A failure on one rank is every rank's (train/together.py).
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unisono.config import Config
+from unisono.data.blocks import Batch, Blocks
+from unisono.data.order import Order
+from unisono.data.prepare import Prepared, prepare
+from unisono.data.tokenizer import check_vocabulary, load_tokenizer
+from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoError
+from unisono.files import write_json
+from unisono.model.load import load_model
+from unisono.observe.screen import Screen
+from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan
+from unisono.sync import Strategy, broadcast_model, make_strategy
+from unisono.sync.ddp import DDP
+from unisono.sync.digest import sha256
+from unisono.sync.ledger import Group, Ledger
+from unisono.train import checkpoint
+from unisono.train.objective import causal_lm
+from unisono.train.state import load_optimizer, make_optimizer, optimizer_tensors
+from unisono.train.step import Feed
+from unisono.train.stopping import Stop
+from unisono.train.together import attempt
+from unisono.train.trial import find_micro_batch
+from unisono.world import World, cache_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+PREPARATION_TIMEOUT_S = 7 * 24 * 3600.0
+"""While one rank tokenizes, the others wait as long as that takes."""
+SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism")
+"""Fields that a resumed run must share with its checkpoint to be the same run."""
+
+
+@dataclass
+class Progress:
+    """What a resume needs besides weights and optimizer state."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Processed by all replicas, padding included."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    skipped: int = 0
+    skipped_in_row: int = 0
+
+
+@dataclass
+class Job:
+    """Everything that the steps of a run need, on one rank."""
+
+    config: Config
+    world: World
+    run: Path
+    screen: Screen
+    stop: Stop
+    ledger: Ledger
+    votes: Group
+    tokenizer: "PreTrainedTokenizerFast"
+    model: "PreTrainedModel"
+    prepared: Prepared
+    train_blocks: Blocks
+    eval_blocks: Blocks
+    order: Order
+    sync: Strategy
+    plan: Plan
+    optimizer: torch.optim.Optimizer
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def feed(self) -> Feed:
+        return Feed(self.train_blocks, self.order, self.plan, self.config.seed)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done."""
+        return self.progress.step / self.plan.max_steps * self.plan.epochs
+
+    @property
+    def data_identity(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged."""
+        return {"digest": self.prepared.digest, "samples": len(self.train_blocks)}
+
+    def loss_sum(self, batch: Batch) -> torch.Tensor:
+        forward = self.sync.model if isinstance(self.sync, DDP) else self.model
+        return causal_lm(forward, batch, self.world.device, self.config.bf16)
+
+
+def set_up(
+    config: Config, world: World, screen: Screen, stop: Stop, ledger: Ledger, votes: Group
+) -> Job:
+    """Collective: data, model, plan, strategy and optimizer, from the newest checkpoint if any."""
+    if config.determinism == "strict":
+        torch.use_deterministic_algorithms(True)
+    run = Path(config.output_dir)
+    tokenizer, prepared = _prepare_data(config, world, screen, run)
+    train_blocks, eval_blocks = prepared.blocks("train"), prepared.blocks("eval")
+    data = {"digest": prepared.digest, "samples": len(train_blocks)}
+    found = _find_checkpoint(config, run, data, world, votes, screen)
+
+    def build_model() -> "PreTrainedModel":
+        model = load_model(
+            str(found.path) if found else config.model,
+            tokenizer,
+            seed=config.seed,
+            sequence_length=config.sequence_length,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
+        return model
+
+    model = attempt(votes, build_model)
+    assert model is not None
+    model.to(world.device)
+    broadcast_model(model, votes)
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    facts = Facts(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in trained),
+        gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
+        train_samples=len(train_blocks),
+        eval_samples=len(eval_blocks),
+    )
+    strict = config.determinism == "strict"
+    largest = largest_micro_batch(config, world)
+    given = config.micro_batch_size
+    rows = given if isinstance(given, int) else min(8, -(-config.global_batch_size // 8))
+    plan = make_plan(config, world, facts, min(rows, largest))
+    sync = make_strategy(
+        config.sync,
+        model,
+        ledger,
+        bucket_mb=config.bucket_mb,
+        leaves=plan.accumulation if strict else None,
+        timeout_s=config.timeout_s,
+    )
+    named = sync.named_parameters()
+    optimizer = make_optimizer(named, config, plan.hyper)
+    job = Job(
+        config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
+        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, optimizer,
+    )  # fmt: skip
+    if found:
+        attempt(votes, lambda: load_optimizer(found.path, optimizer, named))
+        job.progress = Progress(**found.meta["progress"])
+    if given == "auto" and not strict:
+        best = find_micro_batch(partial(try_rows, job), largest, sync, votes, world.device)
+        if best == 0:
+            raise UnisonoError("micro_batch_size: memory does not hold one row; " + memory_advice())
+        job.plan = make_plan(config, world, facts, best)
+    screen.plan(describe(job.plan, config, world, facts))
+    if world.is_main:
+        write_json(run / "config.json", config.model_dump(mode="json"))
+        write_json(run / "plan.json", job.plan.as_json())
+    return job
+
+
+def _prepare_data(
+    config: Config, world: World, screen: Screen, run: Path
+) -> tuple["PreTrainedTokenizerFast", Prepared]:
+    """Collective: tokenize once on each host, then open it on every rank."""
+    patient = Group("preparation", Ledger(), PREPARATION_TIMEOUT_S)
+    cache = cache_folder()
+    quarantine = run / "quarantine.jsonl"
+
+    def both() -> tuple["PreTrainedTokenizerFast", Prepared]:
+        tokenizer = load_tokenizer(
+            config.model, config.tokenizer, config.data, cache, screen.preparing
+        )
+        return tokenizer, prepare(config, tokenizer, cache, quarantine, screen.preparing)
+
+    attempt(patient, both, mine=world.local_rank == 0)
+    result = attempt(patient, both)
+    assert result is not None
+    same = patient.each(float(int(result[1].digest[:12], 16)))
+    if (same != same[0]).any():
+        raise ReplicaError("data: the hosts have different data or tokenizers; copy one to all")
+    for note in (*result[1].problems, *result[1].notes):
+        screen.warn(f"data: {note}")
+    return result
+
+
+def try_rows(job: Job, rows: int) -> None:
+    """Forward and backward of `rows` samples, for timing."""
+    wanted = [i % len(job.train_blocks) for i in range(rows)]
+    job.loss_sum(job.train_blocks.read(wanted)).backward()
+
+
+def own_samples(job: Job) -> list[int]:
+    """The samples of this rank in the step that is next."""
+    feed, m = job.feed, job.plan.accumulation
+    leaves = range(job.world.rank * m, (job.world.rank + 1) * m)
+    return [int(s) for leaf in leaves for s in feed.samples(job.progress.step, leaf)]
+
+
+def replicated_tensors(job: Job) -> list[tuple[str, torch.Tensor]]:
+    named = job.sync.named_parameters()
+    return [*named, *optimizer_tensors(job.optimizer, named)]
+
+
+def weights_digest(job: Job) -> str:
+    """SHA-256 of all weights and optimizer state."""
+    return sha256(dict(replicated_tensors(job)))
+
+
+def memory_advice() -> str:
+    return (
+        "lower micro_batch_size or sequence_length, or set gradient_checkpointing: true; "
+        "determinism: strict keeps the micro-batch it began with"
+    )
+
+
+# --- the checkpoint to go on from
+
+
+def _find_checkpoint(
+    config: Config, run: Path, data: dict[str, Any], world: World, votes: Group, screen: Screen
+) -> checkpoint.Manifest | None:
+    """Collective: the checkpoint to go on from, the same on every rank, or None."""
+
+    given = Path(config.resume) if config.resume not in ("auto", "never") else None
+
+    def look() -> checkpoint.Manifest | None:
+        if config.resume == "auto":
+            found, notes = checkpoint.find(run)
+            for note in notes:
+                screen.warn(f"resume: passed over {note}")
+        elif config.resume == "never":
+            found = checkpoint.find(run)[0]
+            if found:
+                raise ConfigError(
+                    f"resume: never, but {found.path} exists; choose another output_dir, or "
+                    f"resume: auto to go on from it"
+                )
+        else:
+            found = checkpoint.verify(Path(config.resume))
+            newest = checkpoint.find(run)[0]
+            if newest and newest.step > found.step:
+                raise ConfigError(
+                    f"resume: {config.resume} is older than {newest.path}, which the next start "
+                    f"would take; move that one away, or choose another output_dir"
+                )
+        if found:
+            _check_same_run(config, found, data)
+            was = found.meta["replicas"]
+            change = "" if was == world.size else f", {was} replicas then, {world.size} now"
+            screen.say(f"resumed from {found.path} (step {found.step}{change})")
+        return found
+
+    found = attempt(votes, look, world.is_main)
+    step = int(votes.each(float(found.step if found else -1))[0, 0])
+    if step < 0:
+        return None
+
+    def follow() -> checkpoint.Manifest:
+        other = checkpoint.find(run)[0] if given is None else checkpoint.verify(given)
+        if other is None or other.step != step:
+            raise CheckpointError(
+                f"host {world.host} does not see checkpoint-{step} of {run}: every host must see "
+                f"the same output_dir"
+            )
+        return other
+
+    other = attempt(votes, follow, mine=not world.is_main)
+    return found or other
+
+
+def _check_same_run(config: Config, found: checkpoint.Manifest, data: dict[str, Any]) -> None:
+    before = found.meta["config"]
+    for name in SAME_RUN:
+        now = config.model_dump(mode="json")[name]
+        if before[name] != now:
+            raise ConfigError(
+                f"{name}: found {now!r}, but {found.path} was trained with {before[name]!r}; write "
+                f"{name}={before[name]!r} to go on, or another output_dir to start anew"
+            )
+    if found.meta["data"] != data:
+        raise ConfigError(
+            f"data: not what {found.path} was trained on (files, tokenizer, packing or split "
+            f"changed); restore them to go on, or choose another output_dir to start anew"
+        )
