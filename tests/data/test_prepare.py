@@ -275,6 +275,15 @@ def test_a_file_that_changes_meanwhile_is_an_error(corpus, tokenizer, tmp_path):
     assert run(corpus, tokenizer, tmp_path).num_documents == 34
 
 
+def test_a_change_between_digest_and_reading_is_an_error(corpus, tokenizer, tmp_path):
+    def grow(stage, share):
+        if stage == "hash" and share == 1:
+            (corpus / "0.txt").write_text("other")
+
+    with pytest.raises(DataError, match="files changed while they were prepared"):
+        run(corpus, tokenizer, tmp_path, progress=grow)
+
+
 def test_progress_goes_up_to_one(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "_BATCH_BYTES", 500)
     seen = []

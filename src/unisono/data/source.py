@@ -9,6 +9,7 @@ import fnmatch
 import importlib.util
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,8 @@ class Source:
     @property
     def compression(self) -> str:
         """`.gz`, `.zst` or nothing."""
-        return self.path.suffix if self.path.suffix in COMPRESSIONS else ""
+        suffix = self.path.suffix.lower()
+        return suffix if suffix in COMPRESSIONS else ""
 
     @property
     def format(self) -> str:
@@ -167,5 +169,5 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 def _distinct_names(sources: list[Source]) -> list[Source]:
     """Two files of one name (a/x.txt, b/x.txt) are called by their whole path."""
-    names = [s.name for s in sources]
-    return [replace(s, name=str(s.path)) if names.count(s.name) > 1 else s for s in sources]
+    uses = Counter(s.name for s in sources)
+    return [replace(s, name=str(s.path)) if uses[s.name] > 1 else s for s in sources]

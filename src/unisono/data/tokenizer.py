@@ -3,7 +3,7 @@
 Contract: `load_tokenizer` returns a transformers fast tokenizer; nothing a tokenizer folder brings
 is ever executed. A trained one is a pure function of the data and of TokenizerConfig, is kept in
 the cache, and loads with AutoTokenizer like any other. Cost of training: one pass over at most
-`train_bytes` (measured figures: docs/data.md).
+`train_bytes`, 2 s for the 5.3 MB of Shakespeare at 4,096 tokens on two cores.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from unisono.config import DataConfig, TokenizerConfig
 from unisono.data.cache import locked, publish
 from unisono.data.documents import Chat, Completion, Document, read
-from unisono.data.fingerprint import digest, file_digests
+from unisono.data.fingerprint import contents, digest
 from unisono.data.problems import Problems
 from unisono.data.source import Source, resolve
 from unisono.errors import ConfigError
@@ -108,10 +108,10 @@ def _trained(
     progress: Callable[[str, float], None],
 ) -> "PreTrainedTokenizerFast":
     sources = resolve(data.path)
-    contents = file_digests(sources, cache_dir / "digests.json", lambda x: progress("hash", x))
+    found = contents(sources, cache_dir / "digests.json", lambda x: progress("hash", x))
     made_from = {
         "format": _FORMAT,
-        "files": contents,
+        "files": [content.sha256 for content in found],
         "names": [s.name for s in sources],
         "text_field": data.text_field,
         "max_line_bytes": data.max_line_bytes,

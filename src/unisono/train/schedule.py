@@ -6,9 +6,9 @@ import math
 def factor(kind: str, step: int, warmup: int, steps: int, min_ratio: float, decay: float) -> float:
     """Share of the peak rate for the optimizer step `step` (0 is the first) of `steps`.
 
-    Names and shapes as in transformers.optimization: linear warm-up, then the named decay that
-    would reach its end after the last step. `decay`: share of the run that warmup_stable_decay
-    spends falling.
+    Names and shapes as in transformers.optimization: linear warm-up from 0, then the named decay
+    that would reach its end after the last step. `decay`: share of the run that
+    warmup_stable_decay spends falling, in a straight line.
     """
     if kind == "constant":
         return 1.0
