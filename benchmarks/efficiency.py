@@ -59,7 +59,16 @@ def measure(system: str, steps: int) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         sync = "exact" if system == "one" else system
-        command = [sys.executable, __file__, "--worker", sync, "--steps", str(steps), "--out", folder]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            sync,
+            "--steps",
+            str(steps),
+            "--out",
+            folder,
+        ]
         replicas = 1 if system == "one" else 2
         if launch(command, replicas, 1) != 0:
             raise SystemExit(f"{system}: the run failed")
@@ -78,7 +87,11 @@ def machine() -> dict:
         platform.machine(),
     )
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "cpu": model,

@@ -1,7 +1,7 @@
 """A plain PyTorch loop that gained data parallelism in the four lines marked with an arrow.
 
-    python examples/own_loop.py                              # one replica
-    torchrun --nproc-per-node 2 examples/own_loop.py         # two, the same result
+python examples/own_loop.py                              # one replica
+torchrun --nproc-per-node 2 examples/own_loop.py         # two, the same result
 """
 
 import torch
@@ -16,7 +16,7 @@ sync = unisono.replicate(model)  # <-
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 data = torch.Generator().manual_seed(1)
-for step in range(100):
+for _ in range(100):
     x = torch.randn(32, 8, generator=data)
     y = x[:, :3].abs().argmax(1)
     x, y = world.share(x, y)  # <- this replica's rows of the global batch

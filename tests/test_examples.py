@@ -17,7 +17,9 @@ def test_example_gives_the_same_on_two_replicas(
 ) -> None:
     sums = []
     for replicas in (1, 2):
-        assert launch([sys.executable, str(example)], replicas, 1, {"CUDA_VISIBLE_DEVICES": ""}) == 0
+        assert (
+            launch([sys.executable, str(example)], replicas, 1, {"CUDA_VISIBLE_DEVICES": ""}) == 0
+        )
         out = capfd.readouterr().out
         assert f"{replicas} replicas" in out
         sums.append(float(re.findall(r"sum to (-?\d+\.\d+)", out)[0]))

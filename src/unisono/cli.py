@@ -32,7 +32,7 @@ def train(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     replicas: Annotated[
-        int | None, typer.Option(help="Local replicas; default: one for each GPU, or one.")
+        int | None, typer.Option(min=1, help="Local replicas; default: one for each GPU, or one.")
     ] = None,
 ) -> None:
     """Train a causal language model; run it again to go on after a stop."""
@@ -112,6 +112,26 @@ def verify(
         json_file.write_text(json.dumps(verdict.as_json(), indent=2) + "\n")
     if not verdict.holds:
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def fields(
+    name: Annotated[str, typer.Argument(help="Only fields whose name contains this.")] = "",
+) -> None:
+    """List what a configuration can say, with defaults."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from unisono.fields import fields as all_fields
+
+    console = Console(highlight=False)
+    for field in all_fields():
+        if name in field.name:
+            default = f" = {field.default}" if field.default else " (required)"
+            console.print(f"[cyan]{field.name}[/cyan]: {escape(field.kind)}{escape(default)}")
+            if field.text:
+                console.print(Padding(escape(field.text), (0, 0, 0, 4)), style="dim")
 
 
 @app.command(hidden=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unisono.config import Config
-from unisono.errors import EXIT_DONE, UnisonoError
+from unisono.errors import EXIT_DONE, EXIT_STOPPED, Stopped, UnisonoError
 from unisono.launch.local import launch
 from unisono.world import World
 
@@ -74,7 +74,10 @@ def verify(
                 f"output_dir={out}", "resume=never", f"replicas={count}",
                 "--steps", str(steps),
             ]  # fmt: skip
-            if launch(command, count, threads) != EXIT_DONE:
+            code = launch(command, count, threads)
+            if code == EXIT_STOPPED:
+                raise Stopped("verify: stopped by a signal")
+            if code != EXIT_DONE:
                 raise UnisonoError(f"verify: the run with {count} replicas failed, see above")
             results.append(_read(out))
         kind = "bf16" if config.bf16 else "float32"

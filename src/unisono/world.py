@@ -6,6 +6,7 @@ Without either there is one replica, which runs the same code.
 """
 
 import contextlib
+import ctypes
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -80,15 +81,13 @@ def from_env(
     rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
     if not rank < size:
         raise ConfigError(f"environment RANK={rank}: must be below WORLD_SIZE={size}")
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if STORE_VARIABLE in environ:
-        needed = needed[:2]
-    missing = [name for name in needed if name not in environ]
-    if missing and ("RANK" in environ or "WORLD_SIZE" in environ):
+    found = [name for name in ("RANK", "WORLD_SIZE") if name in environ]
+    meeting = () if STORE_VARIABLE in environ else ("MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in ("RANK", "WORLD_SIZE", *meeting) if name not in environ]
+    if found and missing:
         raise ConfigError(
-            f"environment: {missing[0]} is missing beside "
-            f"{' and '.join(n for n in needed[:2] if n in environ)}; start the replicas with "
-            f"torchrun or --replicas, or unset them"
+            f"environment: {missing[0]} is missing beside {' and '.join(found)}; start the "
+            f"replicas with torchrun or --replicas, or unset {' and '.join(found)}"
         )
     local_rank, local_size = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
     return World(
@@ -145,7 +144,9 @@ def joined(world: World) -> Iterator[World]:
 
     if world.threads:
         torch.set_num_threads(world.threads)
-    if world.device != "cpu":
+    if world.device == "cpu":
+        _keep_freed_memory()
+    else:
         torch.cuda.set_device(world.device)
     # Alone there is nobody to reach, and nothing should listen beyond this machine.
     _name_interface(os.environ.get("MASTER_ADDR") if launched() else "127.0.0.1")
@@ -182,6 +183,19 @@ def join(device: str = "auto", threads: int | None = None, timeout_s: float = 60
     stack.enter_context(joined(world))
     atexit.register(stack.close)
     return world
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse what was freed instead of returning it to the kernel.
+
+    Every step frees and takes the same large tensors; the kernel would clear their pages each time,
+    4% of a step of the shipped recipe. The process keeps its peak memory instead. No-op elsewhere.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def _name_interface(master: str | None) -> None:

@@ -7,9 +7,9 @@ tied weights, a frozen parameter and one that only some samples use.
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
 from torch import nn
 
+from ranks import run_ranks
 from unisono.sync import make_strategy
 from unisono.sync.digest import sha256
 from unisono.sync.ledger import Ledger

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from jobs import make_job, run, write_corpus
 from ranks import run_ranks
 
@@ -66,7 +67,7 @@ def plain(place: Path) -> list[float]:
 def losses_of(place: Path, output: Path, size: int, **changes: object) -> list[float]:
     config = make_job(
         place / "corpus.txt", output, weight_decay=0.1, lr_scheduler_type="cosine",
-        max_steps=STEPS, save_steps=STEPS, **changes,
+        max_steps=STEPS, save_steps=STEPS, baseline_steps=2, **changes,
     )  # fmt: skip
     ends = run_ranks(
         run, size, config, None, join=False, env={"XDG_CACHE_HOME": str(place / "cache")}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from jobs import make_job, run
 from ranks import run_ranks, started
-
 from unisono.data import ledger as sample_ledger
 from unisono.errors import CheckpointError
 

@@ -20,6 +20,8 @@ from unisono.world import LAUNCHER_VARIABLE, STORE_VARIABLE, cores
 
 GRACE_S = 20.0
 """How long the others may take to end after the first failure, or after a signal's second copy."""
+ENDING_S = 5.0
+"""How long what still runs then may take to end by SIGTERM, before it is killed."""
 
 
 def launch(
@@ -135,7 +137,7 @@ def _end(workers: list[subprocess.Popen[bytes]]) -> None:
     running = [w for w in workers if w.poll() is None]
     for worker in running:
         worker.terminate()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + ENDING_S
     for worker in running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.wait(max(0.0, deadline - time.monotonic()))

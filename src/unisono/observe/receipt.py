@@ -23,13 +23,13 @@ STEP_PHASES = ("compute", "communication", "waiting", "data", "optimizer", "othe
 """The phases of a step; evaluation and checkpoint come between steps."""
 MEANING = {
     "compute": "forward and backward",
-    "communication": "exposed: nothing else ran meanwhile",
+    "communication": "exposed, not hidden",
     "waiting": "for a slower replica",
-    "data": "reading and packing batches",
+    "data": "reading batches",
     "optimizer": "clip and update",
     "checkpoint": "writing to disk",
     "evaluation": "on the held-out split",
-    "other": "logging, checks, the loop itself",
+    "other": "logging, checks, the loop",
 }
 
 
@@ -116,14 +116,14 @@ def render(receipt: Receipt) -> RenderableType:
     head.append("Receipt", "bold")
     head.append(
         f"   {r.steps:,} steps, {r.tokens:,} tokens in {clock_time(r.wall_s)} "
-        f"on {r.replicas} {'replica' if r.replicas == 1 else 'replicas'} ({r.device})\n"
+        f"on {r.replicas} {'replica' if r.replicas == 1 else 'replicas'}\n"
     )
     head.append(f"{r.tokens_per_second:,.0f} tokens/s", "bold green")
     if r.efficiency is not None:
         head.append(", scaling efficiency ")
         head.append(f"{r.efficiency:.1%}", "bold green" if r.efficiency >= 0.85 else "bold yellow")
         head.append(f" of {r.replicas} x one replica alone")
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), min_width=66)
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(no_wrap=True, justify="right")
     table.add_column(no_wrap=True)
@@ -131,7 +131,9 @@ def render(receipt: Receipt) -> RenderableType:
     for phase, share in r.shares.items():
         table.add_row(phase, f"{share:.1%}", _bar(share), MEANING[phase])
     table.add_row("sum", f"{sum(r.shares.values()):.1%}", "", "", style="bold")
-    notes = [f"{r.step_ms:.1f} ms a step, {r.sent_bytes_per_step / 1e6:.2f} MB sent by each rank"]
+    notes = [
+        f"{r.step_ms:.1f} ms a step, {r.sent_bytes_per_step / 1e6:.2f} MB sent by each rank; {r.device}"
+    ]
     if r.alone_ms and r.together_ms and r.replicas > 1:
         notes.append(
             f"a micro-batch took {r.alone_ms:.1f} ms alone and {r.together_ms:.1f} ms beside the "
@@ -144,7 +146,7 @@ def render(receipt: Receipt) -> RenderableType:
     return Lines(head, table, Text("\n".join(notes), "dim"))
 
 
-def _bar(share: float, width: int = 24) -> Text:
+def _bar(share: float, width: int = 20) -> Text:
     eighths = round(share * width * 8)
     full, part = divmod(eighths, 8)
     return Text(

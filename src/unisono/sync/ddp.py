@@ -1,19 +1,29 @@
 """PyTorch's DistributedDataParallel behind the seam: the baseline, and the peer to beat.
 
 In its own documented best practice: gradients are views of its buckets, accumulation runs under
-no_sync, buckets of 25 MiB with a first one of 1 MiB. It averages over ranks with its own all-reduce,
+no_sync, buckets of 25 MiB with a first one of 1 MiB. Buffers are not kept equal after the start. It averages over ranks with its own all-reduce,
 whose order of sums depends on the number of ranks, so strict mode refuses it. A step cannot be given
 up half-way: an exception on one rank ends the run.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unisono.sync.ledger import Group, Ledger
+
+# Its forward pass would be a collective even under no_sync, so no rank could run alone. torch 2.13
+# renames the argument.
+_BUFFER_SYNC = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 class DDP:
@@ -35,10 +45,12 @@ class DDP:
         self._group = Group("control", ledger, timeout_s)
         self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self.params = [p for _, p in self.named]
+        buffers: Any = {_BUFFER_SYNC: False}
         self.model = DistributedDataParallel(
             module,
             bucket_cap_mb=bucket_mb,
             gradient_as_bucket_view=True,
+            **buffers,
             find_unused_parameters=find_unused_parameters,
         )
 

@@ -7,10 +7,12 @@ parameter. How a gradient travels:
     backward pass -> copied into its bucket -> (bucket full) all-to-all: each rank receives every
     rank's piece of its own 1/n -> fixed tree sum, float32 or wider -> all-gather of the sums
 
-Buckets leave in the order in which the backward pass fills them, seen in the first step. Cost: each
-rank sends 2 S (n-1)/n bytes for S bytes of gradients, as a ring all-reduce does, and holds one more
-copy of the gradients (the received pieces). With `leaves`, the micro-batches of a step are summed
-in the fixed tree too (sync/tree.py), which makes the result independent of the number of replicas.
+Two replicas use one all-reduce a bucket instead: a sum of two has one order, and it is one trip for
+two (5.7 MB over loopback: 6.3 ms for 9.4). Buckets leave in the order in which the backward pass
+fills them, seen in the first step. Cost: each rank sends 2 S (n-1)/n bytes for S bytes of gradients,
+as a ring all-reduce does, and holds one more copy of the gradients (the received pieces) from three
+replicas on. With `leaves`, the micro-batches of a step are summed in the fixed tree too
+(sync/tree.py), which makes the result independent of the number of replicas.
 
 Failure: a lost peer or a timeout raises ReplicaError. A step may be given up at any point before
 `finish`, which still completes every collective, so that the replicas stay in step.
@@ -23,9 +25,9 @@ from functools import partial
 import torch
 from torch.nn import Parameter
 
-from unisono.errors import UnisonoError
+from unisono.errors import ConfigError, UnisonoError
 from unisono.sync.ledger import Group, Handle, Ledger
-from unisono.sync.tree import TreeSum, tree_sum
+from unisono.sync.tree import HALF, TreeSum, tree_sum
 
 ALIGN = 64
 """Bytes. Every gradient starts at a multiple, so that kernels treat it alike wherever it lies."""
@@ -47,7 +49,8 @@ class Bucket:
         self.flat = torch.zeros(size, dtype=first.dtype, device=first.device)
         for (_, p), offset in zip(params, offsets, strict=True):
             self.views.append(self.flat[offset : offset + p.numel()].view(p.shape))
-        self.received = torch.empty_like(self.flat).view(replicas, -1) if replicas > 1 else None
+        # Zeros, so that `blame` finds nothing in what has not been received yet.
+        self.received = torch.zeros_like(self.flat).view(replicas, -1) if replicas > 2 else None
         self.tree = TreeSum(leaves) if leaves else None
         self.missing = set(self.indices)
         """Parameters that have no gradient yet in this micro-batch (or, without a tree, step)."""
@@ -78,6 +81,13 @@ class Exact:
         named = [(n, p) for n, p in named_parameters if p.requires_grad]
         self.names = [n for n, _ in named]
         self.params = [p for _, p in named]
+        half = next((n for n, p in named if p.dtype in HALF), None)
+        if leaves and half:
+            # Rounded on the way between ranks, but not within one: the bits would tell them apart.
+            raise ConfigError(
+                f"determinism: strict needs weights in float32, but {half} is in half precision; "
+                f"write bf16: true instead"
+            )
         self.ledger = ledger
         self.leaves = leaves
         self.bucket_bytes = int(bucket_mb * 2**20)
@@ -151,17 +161,21 @@ class Exact:
                 yield name, p.grad
 
     def blame(self) -> tuple[int, str] | None:
-        """After `finish`: (rank, parameter) of a non-finite contribution that this rank received."""
-        if self.replicas == 1:
+        """After `finish`: (rank, parameter) of a non-finite contribution that this rank received.
+
+        None after the first step, whose buckets are laid out anew, and with two replicas or one,
+        which receive no pieces.
+        """
+        if self.replicas <= 2:
             return None
         for bucket in self._buckets:
             assert bucket.received is not None
-            # Row 0 holds the sum by now; the other rows still are, or contain, single ranks' pieces.
-            for rank in range(self.replicas - 1, -1, -1):
-                bad = (~torch.isfinite(bucket.received[rank])).nonzero()
+            # The first row holds the sum by now; the others are, or contain, single ranks' pieces.
+            for rank, row in reversed(list(enumerate(bucket.received))):
+                bad = (~torch.isfinite(row)).nonzero()
                 if len(bad):
-                    position = self._control.rank * bucket.received.shape[1] + int(bad[0])
-                    return rank, self._name_at(bucket, position)
+                    start = self._control.rank * len(row)
+                    return rank, self._name_at(bucket, start + int(bad[0]))
         return None
 
     def close(self) -> None:
@@ -183,7 +197,7 @@ class Exact:
                 )
             if param.grad is not view:
                 assert param.grad is not None
-                view.copy_(param.grad)
+                view.copy_(param.grad.to_dense())
                 param.grad = view
             bucket.missing.discard(i)
             self._used[i] = True
@@ -222,7 +236,8 @@ class Exact:
             else:  # the step was given up half-way; what travels is not used
                 bucket.tree.reset()
         if bucket.received is None:
-            bucket.scatter = bucket.gather = Handle(None, None, self.ledger)
+            # One replica: nothing is sent. Two: the sum has one order, whoever computes it.
+            bucket.scatter = bucket.gather = self._scatters.all_reduce(bucket.flat)
         else:
             bucket.scatter = self._scatters.all_to_all(bucket.received.view(-1), bucket.flat)
         self._num_sent += 1
@@ -238,10 +253,8 @@ class Exact:
                     return
                 with torch.cuda.stream(stream):  # no-op on a CPU, where `stream` is None
                     bucket.scatter.wait()
-                    total = tree_sum(list(bucket.received))
-                    bucket.gather = self._gathers.all_gather(
-                        bucket.flat, total.to(bucket.flat.dtype)
-                    )
+                    total = tree_sum(list(bucket.received)).to(bucket.flat.dtype)
+                    bucket.gather = self._gathers.all_gather(bucket.flat, total)
             self._num_gathered += 1
 
     def _join_streams(self) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def tree_sum(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of tensors of one shape, in the fixed tree. Overwrites the pieces.
@@ -20,7 +22,7 @@ def tree_sum(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     Half-precision pieces are added in float32; the result then is a new float32 tensor, and
     otherwise it is the first piece.
     """
-    if pieces[0].dtype in (torch.bfloat16, torch.float16):
+    if pieces[0].dtype in HALF:
         pieces = [p.float() for p in pieces]
     if len(pieces) == 1:
         return pieces[0]
