@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from unisono.errors import EXIT_FAILED, ConfigError, Elsewhere, UnisonoError
+from unisono.errors import EXIT_FAILED, ConfigError, Elsewhere, Stopped, UnisonoError
 
 app = typer.Typer(
     help="N replicas train the model that one would have trained, as fast as the link allows.",
@@ -169,7 +169,10 @@ def main() -> None:
     try:
         app()
     except UnisonoError as error:
-        if not isinstance(error, Elsewhere):
+        heard = isinstance(error, Elsewhere) or (
+            isinstance(error, Stopped) and rank not in ("", "0")
+        )
+        if not heard:
             place = f" [rank {rank}]" if rank not in ("", "0") else ""
             for line in str(error).splitlines():
                 print(f"unisono{place}: {line}", file=sys.stderr)

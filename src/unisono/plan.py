@@ -169,7 +169,8 @@ def _length(config: Config, facts: Facts, reasons: dict[str, str]) -> tuple[int,
 def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tuple[str, str, str]]:
     """(what, value, reason) rows of the table that is shown before the first step."""
     place = "CPU" if world.device == "cpu" else world.device.split(":")[0].upper()
-    threads = f", {world.threads} threads each" if world.device == "cpu" else ""
+    count = f"{world.threads} thread{'' if world.threads == 1 else 's'}"
+    threads = f", {count} each" if world.device == "cpu" else ""
     tokens = plan.global_batch_size * plan.sequence_length
     h = plan.hyper
     optimizer = f"lr {h.learning_rate:.4g}, weight decay {h.weight_decay:.3g}"
@@ -201,6 +202,6 @@ def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tup
         (
             "held out",
             f"{facts.eval_samples:,} of {facts.eval_samples + facts.train_samples:,} samples",
-            f"evaluated every {plan.eval_steps} steps, saved every {plan.save_steps}",
+            f"evaluation every {plan.eval_steps} steps, checkpoint every {plan.save_steps}",
         ),
     ]  # fmt: skip

@@ -34,7 +34,7 @@ class Screen:
         self.console = console or Console(highlight=False)
         self._every = every
         self._progress: Progress | None = None
-        self._last_note = 0.0
+        self._last_note = time.monotonic()
 
     def __enter__(self) -> "Screen":
         return self
@@ -67,9 +67,9 @@ class Screen:
         self.console.print(table)
 
     def preparing(self, what: str, share: float) -> None:
-        """Progress of the preparation of data; at most a line every two seconds."""
+        """Progress of the preparation of data, where it takes long: a line every two seconds."""
         now = time.monotonic()
-        if share >= 1 or now - self._last_note > 2:
+        if share < 1 and now - self._last_note > 2:
             self._last_note = now
             self.say(f"{what} {share:.0%}", "dim")
 

@@ -188,7 +188,12 @@ def _prepare_data(
     same = patient.each(float(int(result[1].digest[:12], 16)))
     if (same != same[0]).any():
         raise ReplicaError("data: the hosts have different data or tokenizers; copy one to all")
-    for note in (*result[1].problems, *result[1].notes):
+    found = result[1]
+    screen.say(
+        f"data: {found.num_documents:,} documents, {found.num_tokens:,} tokens, "
+        f"{found.num_blocks + found.num_eval_blocks:,} samples of {config.sequence_length} tokens"
+    )
+    for note in (*found.problems, *found.notes):
         screen.warn(f"data: {note}")
     return result
 

@@ -40,7 +40,7 @@ def scale(config: Config) -> Hyper:
         config.adam_beta1,
         config.adam_beta2,
         config.adam_epsilon,
-        "as given; not scaled, because base_batch_size is not set",
+        "as given (no base_batch_size)",
     )
     base, batch = config.base_batch_size, config.global_batch_size
     if base is None:
