@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import unisono
 from unisono.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from unisono.launch import local
 from unisono.launch.local import launch
@@ -209,8 +210,8 @@ def test_a_second_signal_ends_the_replicas_at_once(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_is_killed_leaves_no_replica(tmp_path: Path) -> None:
-    body = """
-    sys.path[:0] = os.environ["PYTHONPATH"].split(":")
+    body = f"""
+    sys.path.insert(0, {str(Path(unisono.__file__).parents[1])!r})
     from unisono.launch.local import die_with_parent
     die_with_parent()
     ready()
