@@ -95,7 +95,7 @@ DOWNWARDS = {
     "sync": {"errors", "clock", "sync"},
     "data": {"errors", "files", "config", "data"},
     "model": {"errors", "model"},
-    "generate": {"errors"},
+    "generate": {"errors", "train.checkpoint"},
     "replicas": {"errors", "sync"},
     "plan": {"errors", "config", "world", "train.scaling"},
     "observe": {"errors", "clock", "files", "observe", "train.trial"},

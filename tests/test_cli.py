@@ -199,7 +199,7 @@ def test_generate(trained: Path) -> None:
 def test_generate_from_what_is_no_model(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["generate", str(tmp_path), "--prompt", "x"])
     assert isinstance(result.exception, ConfigError)
-    assert "no config.json" in str(result.exception)
+    assert "neither a model nor a checkpoint" in str(result.exception)
 
 
 # --- verify

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from unisono.errors import EXIT_FAILED, ConfigError, Elsewhere, Stopped, UnisonoError
+from unisono.errors import EXIT_FAILED, ConfigError, Elsewhere, Interrupted, Stopped, UnisonoError
 
 app = typer.Typer(
     help="N replicas train the model that one would have trained, as fast as the link allows.",
@@ -169,14 +169,16 @@ def main() -> None:
     try:
         app()
     except UnisonoError as error:
-        heard = isinstance(error, Elsewhere) or (
-            isinstance(error, Stopped) and rank not in ("", "0")
-        )
+        for_all = error.everywhere or isinstance(error, Stopped)
+        heard = isinstance(error, Elsewhere) or (for_all and rank not in ("", "0"))
         if not heard:
             place = f" [rank {rank}]" if rank not in ("", "0") else ""
             for line in str(error).splitlines():
                 print(f"unisono{place}: {line}", file=sys.stderr)
         _leave(error.exit_code)
+    except Interrupted as error:
+        print(f"unisono: {error}", file=sys.stderr)
+        _leave(EXIT_FAILED)
     except Exception:
         traceback.print_exc()
         _leave(EXIT_FAILED)

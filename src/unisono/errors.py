@@ -4,6 +4,8 @@ Every message names the field or file, the value found and the remedy, in one li
 part of the interface (docs/exit-codes.md): a launcher or a batch system acts on them.
 """
 
+from typing import Self
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 """Something failed that a second run with the same input would probably meet again."""
@@ -17,6 +19,12 @@ class UnisonoError(Exception):
     """An error that a user can act on; printed as one line, without a traceback."""
 
     exit_code = EXIT_FAILED
+    everywhere = False
+    """Every rank raises the same, so that one of them may say it for all."""
+
+    def on_every_rank(self) -> Self:
+        self.everywhere = True
+        return self
 
 
 class ConfigError(UnisonoError):
@@ -41,6 +49,10 @@ class Stopped(UnisonoError):
     """A signal asked for the end and everything is committed."""
 
     exit_code = EXIT_STOPPED
+
+
+class Interrupted(BaseException):
+    """A second signal: leave now, committing nothing more. Not an Exception, so nobody handles it."""
 
 
 class Elsewhere(ReplicaError):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unisono.errors import ConfigError
+from unisono.train import checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -25,12 +26,10 @@ def generate(
 
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{model}: no config.json in it; is it a run folder that has finished?")
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        latest = sorted(folder.glob("checkpoint-*/"), key=lambda p: int(p.name.split("-")[1]))
-        if not latest:
+        newest = checkpoint.find(folder)[0]
+        if newest is None:
             raise ConfigError(f"{model}: neither a model nor a checkpoint in it yet")
-        model = str(latest[-1])
+        model = str(newest.path)
     local = Path(model).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=local)

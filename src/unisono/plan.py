@@ -93,7 +93,9 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
     if config.sync == "reference":
         sent = facts.gradient_bytes * (n - 1) * (leaves // n)
     moments = {"adamw": 2, "sgd": int(config.momentum > 0)}[config.optim]
-    memory = 4 * facts.parameters + facts.gradient_bytes * (1 + moments + int(n > 1))
+    memory = 4 * facts.parameters + facts.gradient_bytes * (
+        1 + moments + int(n > 2 and config.sync != "ddp")
+    )
     reasons["sent_bytes_per_step"] = f"{facts.trainable / 1e6:.2f} M gradients, {config.sync}"
     return Plan(
         replicas=n,
@@ -141,12 +143,12 @@ def _micro_batches(config: Config, world: World, micro_batch: int, reasons: dict
         raise ConfigError(
             f"replicas: found {n}; determinism: strict needs a power of two "
             f"(a fixed binary tree is cut at whole subtrees)"
-        )
+        ).on_every_rank()
     if config.sync == "ddp":
         raise ConfigError(
             "sync: found ddp; its order of sums depends on the number of replicas, so "
             "determinism: strict needs sync: exact"
-        )
+        ).on_every_rank()
     unit = max(STRICT_REPLICAS, n)
     count = unit * math.ceil(batch / (unit * micro_batch))
     reasons["micro_batch_size"] = (

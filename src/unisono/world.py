@@ -130,7 +130,7 @@ def _device(asked: str, local_rank: int, local_size: int) -> str:
             f"replicas: {local_size} on this host, which has {count} GPU; "
             f"write replicas: {count}, or device: cpu"
         )
-    return f"cuda:{local_rank}"
+    return f"cuda:{local_rank if count > 1 else 0}"
 
 
 @contextlib.contextmanager
@@ -147,6 +147,7 @@ def joined(world: World) -> Iterator[World]:
     if world.device == "cpu":
         _keep_freed_memory()
     else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for determinism: strict
         torch.cuda.set_device(world.device)
     # Alone there is nobody to reach, and nothing should listen beyond this machine.
     _name_interface(os.environ.get("MASTER_ADDR") if launched() else "127.0.0.1")
@@ -164,10 +165,9 @@ def joined(world: World) -> Iterator[World]:
         )
     else:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+    yield world
+    # Not after a failure: where NCCL is the backend, leaving is collective too and would wait.
+    dist.destroy_process_group()
 
 
 def join(device: str = "auto", threads: int | None = None, timeout_s: float = 600.0) -> World:

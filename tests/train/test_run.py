@@ -214,6 +214,53 @@ def test_out_of_memory_on_one_rank_shrinks_micro_batches_on_all(
             assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
 
 
+def memory_fails_in_a_later_micro_batch(world) -> None:
+    """Rank 0 fails in the second of several micro-batches, in steps that count as slow."""
+    from unisono.train import job, step
+
+    original = job.causal_lm
+    step.SLOW_STEP_S = -1.0
+    calls = {"n": 0}
+
+    def limited(model, batch, *args):
+        calls["n"] += 1
+        if world.rank == 0 and calls["n"] == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+        return original(model, batch, *args)
+
+    job.causal_lm = limited
+
+
+def test_failing_in_the_middle_of_a_slow_step_keeps_ranks_together(
+    place: Path, tmp_path: Path
+) -> None:
+    """Votes between micro-batches: the failing rank must go on voting."""
+    began = time.monotonic()
+    ends = finish(place, tmp_path, 2, memory_fails_in_a_later_micro_batch, max_steps=4)
+    assert [e for e, _, _ in ends] == ["done", "done"]
+    assert any("rank 0 ran out of memory" in t for t in ends[0][1])
+    assert time.monotonic() - began < 30
+
+
+def test_a_model_that_was_never_published_is_on_the_next_start(place: Path, tmp_path: Path) -> None:
+    """Killed between the last checkpoint and the model; and `already done` keeps what is there."""
+    finish(place, tmp_path, 1, max_steps=8)
+    for name in ("receipt.json", "config.json", "model.safetensors"):
+        (tmp_path / name).unlink()
+    for _ in range(2):
+        [(end, told, _)] = finish(place, tmp_path, 1, max_steps=8)
+        assert end == "done"
+        assert any("already done" in t for t in told)
+        assert "model_type" in json.loads((tmp_path / "config.json").read_text())
+        assert (tmp_path / "model.safetensors").exists()
+
+
+def test_strict_refuses_what_would_change_the_bits(place: Path, tmp_path: Path) -> None:
+    finish(place, tmp_path, 1, max_steps=4, determinism="strict")
+    ends = finish(place, tmp_path, 2, max_steps=8, determinism="strict", micro_batch_size=1)
+    assert all("micro_batches: found 16" in end for end, _, _ in ends)
+
+
 def test_auto_micro_batch_agrees_on_what_fits_everywhere(place: Path, tmp_path: Path) -> None:
     finish(place, tmp_path, 2, small_memory_on_rank_1, max_steps=2, micro_batch_size="auto")
     plan = json.loads((tmp_path / "plan.json").read_text())

@@ -124,7 +124,7 @@ def _signals_passed_to(workers: list[subprocess.Popen[bytes]]) -> Iterator[None]
             if worker.poll() is None:
                 worker.send_signal(signal.SIGTERM if asked == 1 else signal.SIGKILL)
 
-    before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ Other ranks use `Quiet`, which has the same methods and prints nothing.
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -13,6 +14,11 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+
+
+def _terminal_may_be_gone() -> AbstractContextManager[None]:
+    """A terminal that was closed must not keep a run from committing what it has done."""
+    return suppress(OSError)
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,15 @@ class Screen:
 
     def say(self, text: str, style: str = "") -> None:
         """One event, above the live line."""
-        self.console.print(escape(text), style=style or None, soft_wrap=True)
+        with _terminal_may_be_gone():
+            self.console.print(escape(text), style=style or None, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.say(text, "yellow")
 
     def show(self, what: RenderableType) -> None:
-        self.console.print(what)
+        with _terminal_may_be_gone():
+            self.console.print(what)
 
     def plan(self, rows: Sequence[tuple[str, str, str]]) -> None:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title="Plan", title_justify="left", title_style="bold")  # fmt: skip
@@ -64,7 +72,7 @@ class Screen:
         table.add_column(style="dim")
         for row in rows:
             table.add_row(*map(escape, row))
-        self.console.print(table)
+        self.show(table)
 
     def preparing(self, what: str, share: float) -> None:
         """Progress of the preparation of data, where it takes long: a line every two seconds."""
@@ -95,11 +103,12 @@ class Screen:
         if self._progress is not None:
             self._progress.update(self._task, completed=line.step, facts=facts)
         elif line.step % self._every == 0 or line.step == total:
-            self.console.print(f"step {line.step}/{total}  {facts}", soft_wrap=True)
+            self.say(f"step {line.step}/{total}  {facts}")
 
     def end_steps(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with _terminal_may_be_gone():
+                self._progress.stop()
             self._progress = None
 
 

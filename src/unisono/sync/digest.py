@@ -66,4 +66,4 @@ def check_replicas(tensors: Iterable[tuple[str, torch.Tensor]], group: Group, st
     raise ReplicaError(
         f"replicas differ after step {step}: {who} in {names[first]}, and {len(odd)} of "
         f"{len(names)} tensors in all; a checkpoint from before the last equal check is sound"
-    )
+    ).on_every_rank()

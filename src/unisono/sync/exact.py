@@ -260,6 +260,10 @@ class Exact:
     def _join_streams(self) -> None:
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+            # On a GPU `wait` only orders streams; the clock must stand still where the wire is. The
+            # update reads the gradients' norm next anyway.
+            with self.ledger.clock.standing_still():
+                torch.cuda.current_stream().synchronize()
 
     # --- between steps
 

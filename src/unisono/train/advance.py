@@ -1,5 +1,6 @@
 """One optimizer step of a job: taken on all ranks, skipped on all ranks, or repeated on all ranks."""
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +82,7 @@ def _apply(job: Job, outcome: Outcome, rate: float) -> float:
         raise UnisonoError(
             f"step {progress.step + 1}: the gradient was not finite {SKIPS_IN_A_ROW} times in a "
             f"row, last on {culprit}; lower learning_rate or look at those samples"
-        )
+        ).on_every_rank()
     return done.gradient_norm
 
 
@@ -99,13 +100,14 @@ def _handle_trouble(job: Job, outcome: Outcome, error: BaseException | None) -> 
         raise UnisonoError(
             f"rank {rank} ran out of memory in step {job.progress.step + 1} with micro-batches of "
             f"{size}; {memory_advice()}"
-        )
+        ).on_every_rank()
     job.plan = with_micro_batch(job.plan, job.config, job.world, -(-size // 2))
     job.screen.warn(
         f"step {job.progress.step + 1}: rank {rank} ran out of memory; micro-batches of "
         f"{job.plan.micro_batch_size} instead of {size} from here on, the global batch stays "
         f"{job.plan.global_batch_size}"
     )
+    gc.collect()
     if job.world.device != "cpu":
         torch.cuda.empty_cache()
 

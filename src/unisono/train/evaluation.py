@@ -1,7 +1,8 @@
 """Loss on the held-out split: the exact mean per target token, whatever the number of replicas.
 
-Batches are cut the same way for every number of replicas and dealt out in turn; each batch's sum
-has a slot of its own in the vector that is added over ranks, and the slots are added in order.
+Batches are dealt out to the ranks in turn; each batch's sum has a slot of its own in the vector that
+is added over ranks, and the slots are added in order. Batches have MOST_ROWS rows, or the
+micro-batch's where that is smaller: as long as that is the same, so are the bits of the result.
 """
 
 import math
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from unisono.data.blocks import Batch, Blocks
+from unisono.data.blocks import NO_LABEL, Batch, Blocks
 from unisono.sync.ledger import Group
+from unisono.train.trial import is_out_of_memory
 
 MOST_ROWS = 8
-"""Of a batch. Small and the same for every number of replicas, so that the sums are the same."""
+"""Of a batch, so that it seldom depends on the number of replicas."""
 ROUNDS_BETWEEN_VOTES = 8
 
 
@@ -43,12 +45,15 @@ def evaluate(
 ) -> Evaluation | None:
     """Collective: evaluate on the first `most_rows` samples, or all. None when `stop` said so.
 
+    The loss is NaN when memory ran out on any rank
+
     `batch_rows`: what surely fits into memory, a micro-batch; MOST_ROWS at most are used.
     """
     rows = len(blocks) if most_rows is None else min(most_rows, len(blocks))
     size = min(MOST_ROWS, batch_rows)
     batches = math.ceil(rows / size)
     sums = [0.0] * (2 * batches)
+    no_memory = False
     was_training = model.training
     model.eval()
     try:
@@ -57,13 +62,20 @@ def evaluate(
                 if round_ % ROUNDS_BETWEEN_VOTES == 0 and group.sum(float(stop()))[0]:
                     return None
                 index = round_ * group.size + group.rank
-                if index >= batches:
+                if index >= batches or no_memory:
                     continue
                 batch = blocks.read(np.arange(index * size, min((index + 1) * size, rows)))
-                sums[index] = float(loss_sum(batch))
-                sums[batches + index] = float((batch.labels[:, 1:] != -100).sum())
+                try:
+                    sums[index] = float(loss_sum(batch))
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    no_memory = True
+                sums[batches + index] = float((batch.labels[:, 1:] != NO_LABEL).sum())
     finally:
         model.train(was_training)
-    totals = group.sum(*sums)
+    *totals, ranks_without = group.sum(*sums, float(no_memory))
+    if ranks_without:
+        return Evaluation(math.nan, 0)
     tokens = int(sum(totals[batches:]))
     return Evaluation(sum(totals[:batches]) / tokens if tokens else math.nan, tokens)

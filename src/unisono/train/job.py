@@ -4,6 +4,7 @@ Everything is decided in the order in which it can be known, and each decision i
 rank. A failure on one rank is every rank's (train/together.py).
 """
 
+import importlib.util
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,12 @@ def set_up(
     """Collective: data, model, plan, strategy and optimizer, from the newest checkpoint if any."""
     if config.determinism == "strict":
         torch.use_deterministic_algorithms(True)
+    if "tensorboard" in config.report_to and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "report_to: found 'tensorboard', which is not installed; "
+            "pip install 'unisono[tensorboard]'"
+        ).on_every_rank()
+    _same_threads(votes, screen)
     run = Path(config.output_dir)
     tokenizer, prepared = _prepare_data(config, world, screen, run)
     train_blocks, eval_blocks = prepared.blocks("train"), prepared.blocks("eval")
@@ -153,19 +160,38 @@ def set_up(
         config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
         train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, optimizer,
     )  # fmt: skip
+    if found and strict:
+        _check_same_bits(found, plan, config)
     if found:
         attempt(votes, lambda: load_optimizer(found.path, optimizer, named))
         job.progress = Progress(**found.meta["progress"])
     if given == "auto" and not strict:
         best = find_micro_batch(partial(try_rows, job), largest, sync, votes, world.device)
         if best == 0:
-            raise UnisonoError("micro_batch_size: memory does not hold one row; " + memory_advice())
+            raise UnisonoError(
+                "micro_batch_size: memory does not hold one row; " + memory_advice()
+            ).on_every_rank()
         job.plan = make_plan(config, world, facts, best)
     screen.plan(describe(job.plan, config, world, facts))
-    if world.is_main:
-        write_json(run / "config.json", config.model_dump(mode="json"))
-        write_json(run / "plan.json", job.plan.as_json())
+    attempt(votes, lambda: _write_plan(job), world.is_main)
     return job
+
+
+def _same_threads(votes: Group, screen: Screen) -> None:
+    """Collective: the least number of threads of any rank, on all.
+
+    It decides the order of some sums, and every replica must compute the same update.
+    """
+    mine = torch.get_num_threads()
+    fewest = int(votes.each(float(mine)).min())
+    if votes.sum(float(mine != fewest))[0]:
+        screen.warn(f"hosts differ in cores: every replica uses {fewest} threads")
+        torch.set_num_threads(fewest)
+
+
+def _write_plan(job: Job) -> None:
+    write_json(job.run / "run.json", job.config.model_dump(mode="json"))
+    write_json(job.run / "plan.json", job.plan.as_json())
 
 
 def _prepare_data(
@@ -281,6 +307,23 @@ def _find_checkpoint(
 
     other = attempt(votes, follow, mine=not world.is_main)
     return found or other
+
+
+def _check_same_bits(found: checkpoint.Manifest, plan: Plan, config: Config) -> None:
+    """What strict mode needs to be equal beside the run itself."""
+    now = {
+        "micro_batches": plan.micro_batches,
+        "threads": torch.get_num_threads(),
+        "bf16": config.bf16,
+    }
+    before = {**found.meta, "bf16": found.meta["config"]["bf16"]}
+    for name, value in now.items():
+        if before[name] != value:
+            raise ConfigError(
+                f"{name}: found {value}, but {found.path} was trained with {before[name]}, and "
+                f"determinism: strict would not give the same bits; restore it (micro_batch_size, "
+                f"threads, bf16, at most 8 replicas), or choose another output_dir"
+            ).on_every_rank()
 
 
 def _check_same_run(config: Config, found: checkpoint.Manifest, data: dict[str, Any]) -> None:

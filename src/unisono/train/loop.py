@@ -5,11 +5,13 @@ and do what is due between them; periodic work is an `if` in plain sight. What m
 between ranks is decided from the step's vote, never from what one rank knows.
 """
 
+import json
+import math
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,12 +39,15 @@ from unisono.train.job import (
     try_rows,
     weights_digest,
 )
-from unisono.train.state import save_model, save_state
+from unisono.train.state import publish_model, save_state
 from unisono.train.step import Previous
 from unisono.train.stopping import watching
 from unisono.train.together import attempt
 from unisono.train.trial import Baseline, measure_baseline
 from unisono.world import World, joined
+
+RECEIPT = "receipt.json"
+SAMPLES = "samples"
 
 
 def train(config: Config, world: World, screen: Screen) -> Receipt | None:
@@ -58,6 +63,7 @@ def train(config: Config, world: World, screen: Screen) -> Receipt | None:
         job = set_up(config, world, screen, stop, ledger, votes)
         if job.progress.step >= job.plan.max_steps:
             screen.say(f"already done: {job.progress.step} steps; raise max_steps to train on")
+            attempt(votes, lambda: _publish_if_missing(job), world.is_main)
             return None
         return take_steps(job)
 
@@ -73,12 +79,16 @@ def take_steps(job: Job) -> Receipt:
         job.votes,
         world.device,
     )
-    log = Log(job)
+    # What a former process logged beyond its last checkpoint goes before anybody appends.
+    samples = job.run / SAMPLES
+    attempt(job.votes, lambda: sample_ledger.truncate(samples, progress.step), world.is_main)
+    log = attempt(job.votes, lambda: Log(job))
+    assert log is not None
     clock = job.ledger.clock
     clock.restart()
     job.stop.graceful = True
     job.screen.start_steps(progress.step, plan.max_steps)
-    previous = Previous()
+    previous = Previous(slowest_s=baseline.alone_s * plan.accumulation if baseline else 0.0)
     stopping = False
     while progress.step < plan.max_steps and not stopping:
         began, waited_s = time.perf_counter(), clock.seconds["waiting"]
@@ -87,7 +97,9 @@ def take_steps(job: Job) -> Receipt:
             stopping = True
             break
         if advanced.repeat:
+            baseline = None  # it was of another micro-batch
             continue
+        step_s, waited_s = time.perf_counter() - began, clock.seconds["waiting"] - waited_s
         log.samples()
         rows = len(plan.positions(progress.step))
         progress.step += 1
@@ -96,7 +108,7 @@ def take_steps(job: Job) -> Receipt:
         stopping = advanced.outcome.stop and not last
         if config.check_replicas_every and step % config.check_replicas_every == 0:
             check_replicas(replicated_tensors(job), job.votes, step)
-        log.step(advanced, time.perf_counter() - began, final=last or stopping)
+        log.step(advanced, step_s, final=last or stopping)
         better = False
         if (step % plan.eval_steps == 0 or last) and len(job.eval_blocks) and not stopping:
             with clock("evaluation"):
@@ -104,11 +116,7 @@ def take_steps(job: Job) -> Receipt:
         if step % plan.save_steps == 0 or better or last:
             with clock("checkpoint"):
                 _save(job, log)
-        previous = Previous(
-            waited_s=clock.seconds["waiting"] - waited_s,
-            step_s=time.perf_counter() - began,
-            slowest_s=advanced.outcome.step_s,
-        )
+        previous = Previous(waited_s, step_s, slowest_s=advanced.outcome.step_s)
     job.screen.end_steps()
     if stopping:
         _stop(job, log)
@@ -140,22 +148,16 @@ class Log:
     """
 
     def __init__(self, job: Job) -> None:
-        """Collective. Drops what a former process logged beyond the checkpoint it left."""
         self.job = job
         self.first_step, self.first_tokens = job.progress.step, job.progress.tokens
         self.first_bytes = job.ledger.sent_bytes
         self.loss: float | None = None
         self.eval_loss: float | None = None
         self.saved_step = job.progress.step
-        self._folder = job.run / "samples"
         self._window = _Window()
         self._complained = False
 
-        def truncate() -> None:
-            sample_ledger.truncate(self._folder, self.first_step)
-
-        attempt(job.votes, truncate, job.world.is_main)
-        self._samples = sample_ledger.Ledger(self._folder, job.world.rank)
+        self._samples = sample_ledger.Ledger(job.run / SAMPLES, job.world.rank)
         report_to = job.config.report_to
         self.metrics = Metrics(job.run, self.first_step, report_to) if job.world.is_main else None
 
@@ -240,7 +242,7 @@ class Log:
             accumulation=job.plan.accumulation,
             baseline=baseline,
             sent_bytes=job.ledger.sent_bytes - self.first_bytes,
-            samples=_audit(job) if job.world.is_main else "",
+            samples="",
             final_loss=self.loss,
             eval_loss=self.eval_loss,
             skipped_steps=progress.skipped,
@@ -270,6 +272,10 @@ def _evaluate(job: Job, log: Log) -> bool:
     if result is None:
         return False
     log.eval_loss = result.loss
+    if not math.isfinite(result.loss):
+        why = "the loss is not finite" if result.tokens else "memory ran out"
+        job.screen.warn(f"step {progress.step}: no evaluation, {why}")
+        return False
     better = progress.best_loss is None or result.loss < progress.best_loss
     if better:
         progress.best_loss, progress.best_step = result.loss, progress.step
@@ -293,6 +299,7 @@ def _save(job: Job, log: Log) -> None:
             "config": job.config.model_dump(mode="json"),
             "data": job.data_identity,
             "replicas": job.world.size,
+            "micro_batches": job.plan.micro_batches,
             "threads": torch.get_num_threads(),
             "versions": {"unisono": __version__, "torch": torch.__version__},
         }
@@ -336,8 +343,10 @@ def _stop(job: Job, log: Log) -> None:
 
 def _finish(job: Job, receipt: Receipt) -> None:
     """Rank 0: the model at the root of the run folder, the receipt, a sample of its text."""
-    save_model(job.run, job.model, job.tokenizer)
-    write_json(job.run / "receipt.json", {**receipt.as_json(), "digest": weights_digest(job)})
+    publish_model(job.run, job.model, job.tokenizer)
+    receipt = replace(receipt, samples=_audit(job))
+    facts = {"step": job.progress.step, **receipt.as_json(), "digest": weights_digest(job)}
+    write_json(job.run / RECEIPT, facts)
     if job.config.sample_prompt is not None:
         from unisono.generate import continue_text
 
@@ -354,11 +363,22 @@ def _finish(job: Job, receipt: Receipt) -> None:
     job.screen.say(f"model, metrics and receipt: {job.run}")
 
 
+def _publish_if_missing(job: Job) -> None:
+    """Rank 0: a former process may have died between its last checkpoint and the model."""
+    try:
+        published = json.loads((job.run / RECEIPT).read_text())["step"] == job.progress.step
+    except (OSError, ValueError, KeyError):
+        published = False
+    if not published:
+        publish_model(job.run, job.model, job.tokenizer)
+        job.screen.say(f"model: {job.run}")
+
+
 def _audit(job: Job) -> str:
     """What the sample ledger proves of all steps, those before a resume included."""
     samples = job.plan.samples
     complaints = sample_ledger.audit(
-        job.run / "samples", job.order, job.config.global_batch_size, samples
+        job.run / SAMPLES, job.order, job.config.global_batch_size, samples
     )
     if complaints:
         return f"sample ledger: {len(complaints)} steps are not as ordered, first: {complaints[0]}"

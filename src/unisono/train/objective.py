@@ -5,10 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from unisono.data.blocks import Batch
-
-IGNORED = -100
-"""Hugging Face's label for a position without a target."""
+from unisono.data.blocks import NO_LABEL, Batch
 
 
 def causal_lm(model: Any, batch: Batch, device: str, bf16: bool) -> torch.Tensor:
@@ -24,7 +21,7 @@ def causal_lm(model: Any, batch: Batch, device: str, bf16: bool) -> torch.Tensor
     with torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=bf16):
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     # Shifting the labels instead of the logits spares a copy of the largest tensor of all.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    targets = F.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
     return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_LABEL, reduction="sum"
     )

@@ -6,6 +6,7 @@ all randomness are functions of seed and step.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from torch.nn import Parameter
 
 from unisono.config import Config
 from unisono.errors import CheckpointError
+from unisono.files import fsync_file, fsync_folder
 from unisono.train.scaling import Hyper
 
 if TYPE_CHECKING:
@@ -59,6 +61,24 @@ def save_model(
     """A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def publish_model(
+    run: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
+) -> None:
+    """`save_model` at the root of a run folder: each file whole or not at all, config.json last."""
+    temporary = run / ".model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_model(temporary, model, tokenizer)
+    (run / "config.json").unlink(missing_ok=True)  # without it no half of two models is one
+    for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
+        if path.is_file():
+            path.chmod(0o644)
+            fsync_file(path)
+            path.replace(run / path.name)
+    shutil.rmtree(temporary)
+    fsync_folder(run)
 
 
 def save_state(

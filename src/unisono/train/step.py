@@ -1,6 +1,7 @@
 """One optimizer step: this replica's micro-batches, the vote, and who is to blame if it fails."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from unisono.sync import Strategy
 from unisono.sync.ddp import DDP
 from unisono.sync.ledger import Group
 from unisono.train.trial import is_out_of_memory
-from unisono.train.vote import FAILED, OUT_OF_MEMORY, Ballot, Outcome, pack, unpack
+from unisono.train.vote import FAILED, FINE, OUT_OF_MEMORY, Ballot, Outcome, pack, unpack
 
 LossSum = Callable[[Batch], torch.Tensor]
 
@@ -91,14 +92,22 @@ def take_step(
     plan = feed.plan
     ballot = Ballot(waited_s=previous.waited_s, step_s=previous.step_s)
     clock = sync.ledger.clock
+    slow = previous.slowest_s > SLOW_STEP_S
     error: BaseException | None = None
     losses: list[torch.Tensor] = []
-    try:
-        for k in range(plan.accumulation):
-            if previous.slowest_s > SLOW_STEP_S and votes.sum(float(stop()))[0]:
+    for k in range(plan.accumulation):
+        if slow:
+            asked, failed = votes.sum(float(stop()), float(ballot.trouble != FINE))
+            if failed:
+                break
+            if asked:
                 sync.discard()
                 return Taken(None)
-            leaf = votes.rank * plan.accumulation + k
+        elif ballot.trouble != FINE:
+            break
+        leaf = votes.rank * plan.accumulation + k
+        loss = None
+        try:
             with clock("data"):
                 batch = feed.batch(step, leaf)
             with clock("compute"), sync.micro_batch(last=k == plan.accumulation - 1):
@@ -107,11 +116,15 @@ def take_step(
                 loss.backward()
             losses.append(loss.detach())
             ballot.tokens.append(int((batch.labels[:, 1:] != NO_LABEL).sum()))
-    except Exception as caught:
-        if isinstance(sync, DDP):
-            raise  # its reducer cannot complete a step that was given up
-        error = caught
-        ballot.trouble = OUT_OF_MEMORY if is_out_of_memory(caught) else FAILED
+        except Exception as caught:
+            if isinstance(sync, DDP):
+                raise  # its reducer cannot complete a step that was given up
+            if is_out_of_memory(caught):
+                # Not kept: its traceback holds the activations that have to go.
+                ballot.trouble = OUT_OF_MEMORY
+            else:
+                ballot.trouble, error = FAILED, caught
+    loss = None
     with clock("compute"):  # on a GPU this is where the backward pass is waited for
         ballot.losses = [float(loss) for loss in losses]
     ballot.stop = stop()
@@ -131,7 +144,9 @@ def find_culprit(step: int, feed: Feed, loss_sum: LossSum, sync: Strategy, votes
     leaf, tensor = -1, -1
     for k in range(feed.plan.accumulation):
         candidate = votes.rank * feed.plan.accumulation + k
-        with sync.micro_batch(last=False):
+        bad = None
+        # What fails here costs the explanation, not the run.
+        with suppress(Exception), sync.micro_batch(last=False):
             torch.manual_seed(feed.seed_for(step, candidate))
             loss_sum(feed.batch(step, candidate)).backward()
             bad = next(_not_finite(sync), None)

@@ -4,6 +4,7 @@ A trial runs forward and backward passes whose gradients are thrown away; weight
 buffers are as before.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -95,15 +96,18 @@ class Baseline:
 def measure_baseline(
     run: Pass, rows: int, repeats: int, sync: Strategy, group: Group, device: str
 ) -> Baseline | None:
-    """Collective: time `repeats` micro-batches of `rows`, first on rank 0 alone, then on all."""
+    """Collective: time `repeats` micro-batches of `rows`, first on rank 0 alone, then on all.
+
+    None when `repeats` is 0 or memory ran out.
+    """
     if repeats == 0:
         return None
 
     def timed() -> float:
         samples = [try_pass(run, rows, sync, device) for _ in range(repeats + 1)][1:]
-        return statistics.median(s or 0.0 for s in samples)
+        return statistics.median(math.nan if s is None else s for s in samples)
 
     alone = timed() if group.rank == 0 else 0.0
     alone = group.sum(alone)[0]
-    together = float(group.each(timed()).median()) if group.size > 1 else alone
-    return Baseline(alone, together)
+    together = float(group.each(timed()).mean()) if group.size > 1 else alone
+    return None if math.isnan(alone + together) else Baseline(alone, together)
