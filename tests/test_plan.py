@@ -128,9 +128,10 @@ def test_bytes_and_memory_by_hand() -> None:
     assert planned(1).sent_bytes_per_step == 0
     assert planned(2).sent_bytes_per_step == 3600
     assert planned(4).sent_bytes_per_step == 2 * 3600 * 3 // 4
-    # Weights 4000, gradients 3600, two moments, and what is received from the others.
+    # Weights 4000, gradients 3600, two moments, and from three replicas on the received pieces.
     assert planned(1).model_bytes == 4000 + 3600 * 3
-    assert planned(2).model_bytes == 4000 + 3600 * 4
+    assert planned(2).model_bytes == 4000 + 3600 * 3
+    assert planned(4).model_bytes == 4000 + 3600 * 4
     assert planned(1, optim="sgd").model_bytes == 4000 + 3600
     assert planned(1, optim="sgd", momentum=0.9).model_bytes == 4000 + 3600 * 2
 
