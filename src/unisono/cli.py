@@ -4,11 +4,14 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unisono.errors import EXIT_FAILED, ConfigError, Elsewhere, Interrupted, Stopped, UnisonoError
+
+if TYPE_CHECKING:
+    from unisono.config import Config
 
 app = typer.Typer(
     help="N replicas train the model that one would have trained, as fast as the link allows.",
@@ -48,13 +51,11 @@ def train(
             from unisono.launch.local import launch
 
             command = [sys.executable, "-m", "unisono", "train", config, *items]
-            threads = asked.threads or (1 if asked.determinism == "strict" else None)
-            raise typer.Exit(launch(command, count, threads))
+            raise typer.Exit(launch(command, count, _threads(asked)))
     from unisono.launch.local import die_with_parent
 
     die_with_parent()
-    threads = asked.threads or (1 if asked.determinism == "strict" else None)
-    world = from_env(asked.device, threads, asked.timeout_s)
+    world = from_env(asked.device, _threads(asked), asked.timeout_s)
     from unisono.observe.screen import Quiet, Screen
     from unisono.train.loop import train as run
 
@@ -149,11 +150,13 @@ def verify_worker(
     worker(asked, from_env(asked.device, asked.threads, asked.timeout_s), steps)
 
 
-def _local_replicas(asked: "object") -> int:
-    """The number asked for, or one for each GPU; torch is only imported where a driver is."""
-    from unisono.config import Config
+def _threads(asked: "Config") -> int | None:
+    """Of one replica, None for a share of the cores. Strict mode has the same number anywhere."""
+    return asked.threads or (1 if asked.determinism == "strict" else None)
 
-    assert isinstance(asked, Config)
+
+def _local_replicas(asked: "Config") -> int:
+    """The number asked for, or one for each GPU; torch is only imported where a driver is."""
     if isinstance(asked.replicas, int):
         return asked.replicas
     if asked.device == "cpu" or not Path("/proc/driver/nvidia").exists():

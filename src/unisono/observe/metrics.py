@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from unisono.errors import ConfigError
 from unisono.files import JsonLines, truncate_after
 
 FILE = "metrics.jsonl"
@@ -22,13 +21,8 @@ class Metrics:
         self._lines = JsonLines(run / FILE)
         self._board: Any = None
         if "tensorboard" in report_to:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ConfigError(
-                    "report_to: found 'tensorboard', which is not installed; "
-                    "pip install 'unisono[tensorboard]'"
-                ) from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, step: int, **values: float | int | str) -> None:

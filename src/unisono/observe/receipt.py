@@ -53,12 +53,12 @@ class Receipt:
     """Of the wall time, by phase; they sum to 1."""
     seconds_by_rank: Sequence[Mapping[str, float]]
     sent_bytes_per_step: float
-    samples: str
-    """What the sample ledger says."""
     final_loss: float | None
     eval_loss: float | None
     skipped_steps: int
     machine: str
+    samples: str = ""
+    """What the sample ledger says; on rank 0, at the end."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,7 +73,6 @@ def make_receipt(
     accumulation: int,
     baseline: Baseline | None,
     sent_bytes: int,
-    samples: str,
     final_loss: float | None,
     eval_loss: float | None,
     skipped_steps: int,
@@ -101,7 +100,6 @@ def make_receipt(
         shares={p: mean[p] / wall if wall else 0.0 for p in PHASES},
         seconds_by_rank=[dict(s) for s in seconds_by_rank],
         sent_bytes_per_step=sent_bytes / max(1, steps),
-        samples=samples,
         final_loss=final_loss,
         eval_loss=eval_loss,
         skipped_steps=skipped_steps,

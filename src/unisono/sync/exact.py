@@ -87,7 +87,7 @@ class Exact:
             raise ConfigError(
                 f"determinism: strict needs weights in float32, but {half} is in half precision; "
                 f"write bf16: true instead"
-            )
+            ).on_every_rank()
         self.ledger = ledger
         self.leaves = leaves
         self.bucket_bytes = int(bucket_mb * 2**20)

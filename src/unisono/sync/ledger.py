@@ -1,8 +1,8 @@
 """The ledger: the one thin layer through which every collective passes.
 
 It records operation, payload, group and times of each, and charges the time that this rank stands
-still in a step to the clock's phase `waiting`. Receipt, forecast and the tests on bytes all read it; there is
-no second instrumentation. A group of one communicates nothing and records nothing.
+still in a step to the clock's phase `waiting`. The receipt and the tests on bytes read it; there is no
+second instrumentation. A group of one communicates nothing and records nothing.
 
 Bytes are those that this rank sends, S being the whole tensor and n the ranks of the group:
 all-to-all S (n-1)/n; all-gather of a chunk S/n: S (n-1)/n; all-reduce 2 S (n-1)/n (the least for

@@ -45,8 +45,7 @@ def evaluate(
 ) -> Evaluation | None:
     """Collective: evaluate on the first `most_rows` samples, or all. None when `stop` said so.
 
-    The loss is NaN when memory ran out on any rank
-
+    The loss is NaN when memory ran out on any rank.
     `batch_rows`: what surely fits into memory, a micro-batch; MOST_ROWS at most are used.
     """
     rows = len(blocks) if most_rows is None else min(most_rows, len(blocks))

@@ -92,7 +92,7 @@ class Job:
     @property
     def data_identity(self) -> dict[str, Any]:
         """What a resumed run must find unchanged."""
-        return {"digest": self.prepared.digest, "samples": len(self.train_blocks)}
+        return _identity(self.prepared)
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         forward = self.sync.model if isinstance(self.sync, DDP) else self.model
@@ -114,8 +114,7 @@ def set_up(
     run = Path(config.output_dir)
     tokenizer, prepared = _prepare_data(config, world, screen, run)
     train_blocks, eval_blocks = prepared.blocks("train"), prepared.blocks("eval")
-    data = {"digest": prepared.digest, "samples": len(train_blocks)}
-    found = _find_checkpoint(config, run, data, world, votes, screen)
+    found = _find_checkpoint(config, run, _identity(prepared), world, votes, screen)
 
     def build_model() -> "PreTrainedModel":
         model = load_model(
@@ -213,7 +212,9 @@ def _prepare_data(
     assert result is not None
     same = patient.each(float(int(result[1].digest[:12], 16)))
     if (same != same[0]).any():
-        raise ReplicaError("data: the hosts have different data or tokenizers; copy one to all")
+        raise ReplicaError(
+            "data: the hosts have different data or tokenizers; copy one to all"
+        ).on_every_rank()
     found = result[1]
     screen.say(
         f"data: {found.num_documents:,} documents, {found.num_tokens:,} tokens, "
@@ -222,6 +223,10 @@ def _prepare_data(
     for note in (*found.problems, *found.notes):
         screen.warn(f"data: {note}")
     return result
+
+
+def _identity(prepared: Prepared) -> dict[str, Any]:
+    return {"digest": prepared.digest, "samples": prepared.num_blocks}
 
 
 def try_rows(job: Job, rows: int) -> None:

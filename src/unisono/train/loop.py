@@ -121,9 +121,9 @@ def take_steps(job: Job) -> Receipt:
     if stopping:
         _stop(job, log)
     receipt = log.receipt(baseline)
-    attempt(job.votes, lambda: _finish(job, receipt), world.is_main)
+    audited = attempt(job.votes, lambda: _finish(job, receipt), world.is_main)
     log.close()
-    return receipt
+    return audited or receipt
 
 
 # --- what a run writes as it goes
@@ -242,7 +242,6 @@ class Log:
             accumulation=job.plan.accumulation,
             baseline=baseline,
             sent_bytes=job.ledger.sent_bytes - self.first_bytes,
-            samples="",
             final_loss=self.loss,
             eval_loss=self.eval_loss,
             skipped_steps=progress.skipped,
@@ -271,11 +270,11 @@ def _evaluate(job: Job, log: Log) -> bool:
     )
     if result is None:
         return False
-    log.eval_loss = result.loss
     if not math.isfinite(result.loss):
         why = "the loss is not finite" if result.tokens else "memory ran out"
         job.screen.warn(f"step {progress.step}: no evaluation, {why}")
         return False
+    log.eval_loss = result.loss
     better = progress.best_loss is None or result.loss < progress.best_loss
     if better:
         progress.best_loss, progress.best_step = result.loss, progress.step
@@ -341,8 +340,8 @@ def _stop(job: Job, log: Log) -> None:
     )
 
 
-def _finish(job: Job, receipt: Receipt) -> None:
-    """Rank 0: the model at the root of the run folder, the receipt, a sample of its text."""
+def _finish(job: Job, receipt: Receipt) -> Receipt:
+    """Rank 0: the model at the root of the run folder, the receipt with the audit, a sample of text."""
     publish_model(job.run, job.model, job.tokenizer)
     receipt = replace(receipt, samples=_audit(job))
     facts = {"step": job.progress.step, **receipt.as_json(), "digest": weights_digest(job)}
@@ -361,6 +360,7 @@ def _finish(job: Job, receipt: Receipt) -> None:
         job.screen.say(text + "\n")
     job.screen.show(render(receipt))
     job.screen.say(f"model, metrics and receipt: {job.run}")
+    return receipt
 
 
 def _publish_if_missing(job: Job) -> None:

@@ -105,7 +105,8 @@ def measure_baseline(
 
     def timed() -> float:
         samples = [try_pass(run, rows, sync, device) for _ in range(repeats + 1)][1:]
-        return statistics.median(math.nan if s is None else s for s in samples)
+        seconds = [s for s in samples if s is not None]
+        return statistics.median(seconds) if len(seconds) == repeats else math.nan
 
     alone = timed() if group.rank == 0 else 0.0
     alone = group.sum(alone)[0]
