@@ -11,15 +11,13 @@ cores that costs DDP a third, because gloo's threads then share the core of the 
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
+
+from machine import machine
 
 HERE = Path(__file__).parent
 SYSTEMS = ("one", "exact", "ddp")
@@ -73,36 +71,6 @@ def measure(system: str, steps: int) -> dict:
         if launch(command, replicas, 1) != 0:
             raise SystemExit(f"{system}: the run failed")
         return json.loads((Path(folder) / "result.json").read_text())
-
-
-def machine() -> dict:
-    import torch
-
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/efficiency.py", *sys.argv[1:]]),
-    }
 
 
 def main() -> None:

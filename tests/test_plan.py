@@ -1,6 +1,7 @@
 """How the global batch splits, how long a run is, learning rate and schedule; what ranks tell."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,19 +129,58 @@ def test_bytes_and_memory_by_hand() -> None:
     assert planned(1).sent_bytes_per_step == 0
     assert planned(2).sent_bytes_per_step == 3600
     assert planned(4).sent_bytes_per_step == 2 * 3600 * 3 // 4
-    # Weights 4000, gradients 3600, two moments, and from three replicas on the received pieces.
+    assert planned(4, wire="bfloat16").sent_bytes_per_step == 3600 * 3 // 4
+    # Gradients go over two copies, weights and gradients over the two shards of each.
+    sharded = planned(4, sync="sharded", mesh={"replica": 2})
+    assert sharded.sent_bytes_per_step == 1800 * (2 * 2 + 1) + 3600 // 2
+    # Weights 4000, gradients 3600, two moments; shared out where the optimizer is.
     assert planned(1).model_bytes == 4000 + 3600 * 3
+    shard = {"shard_optimizer": True}
+    assert planned(2, **shard).model_bytes == 4000 + 3600 + 3600
+    assert planned(4, **shard).model_bytes == 4000 + 3600 + 3600 * 2 // 4
+    assert planned(4, wire="bfloat16").model_bytes == 4000 + 3600 + 3600 * 3 // 4
+    assert sharded.model_bytes == (4000 + 3600 * 3) // 2
+    # Whole gradients: from three replicas on the received pieces too.
     assert planned(2).model_bytes == 4000 + 3600 * 3
     assert planned(4).model_bytes == 4000 + 3600 * 4
+
+
+def test_the_optimizer_is_on_shards_where_that_pays() -> None:
+    large = replace(FACTS, gradient_bytes=2 << 20)
+    assert planned(2, facts=large).shard_optimizer
+    assert not planned(2).shard_optimizer
+    assert not planned(1, facts=large).shard_optimizer
+    assert not planned(2, facts=large, shard_optimizer=False).shard_optimizer
+    assert not planned(2, facts=large, determinism="strict").shard_optimizer
+    assert not planned(2, facts=large, sync="ddp").shard_optimizer
+    assert planned(2, wire="bfloat16").shard_optimizer
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"wire": "bfloat16", "sync": "ddp"}, "wire: found bfloat16 with sync: ddp"),
+        ({"wire": "bfloat16", "determinism": "strict"}, "with determinism: strict"),
+        ({"wire": "bfloat16", "shard_optimizer": False}, "with shard_optimizer: false"),
+        ({"shard_optimizer": True, "determinism": "strict"}, "shard_optimizer: found true"),
+        ({"shard_optimizer": True, "sync": "sharded"}, "shard_optimizer: found true"),
+        ({"mesh": {"shard": 2}}, "mesh: found with sync: exact"),
+        ({"sync": "sharded", "mesh": {"replica": 3}}, "replica 3 x shard 1 = 3, but there are 4"),
+        ({"sync": "sharded", "determinism": "strict"}, "sync: found sharded"),
+    ],
+)
+def test_what_does_not_combine_is_refused(changes: dict, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        planned(4, **changes)
     assert planned(1, optim="sgd").model_bytes == 4000 + 3600
     assert planned(1, optim="sgd", momentum=0.9).model_bytes == 4000 + 3600 * 2
 
 
 def test_the_shown_plan_gives_each_number_its_reason() -> None:
     config, world = asked(base_batch_size=8), World(size=2, threads=3)
-    plan = make_plan(config, world, FACTS, 4)
+    plan = make_plan(config, world, replace(FACTS, gradient_bytes=2 << 20), 4)
     rows = {what: (value, reason) for what, value, reason in describe(plan, config, world, FACTS)}
-    assert rows["replicas"] == ("2 on CPU", "sync exact, 3 threads each")
+    assert rows["replicas"] == ("2 on CPU", "sync exact, optimizer on shards, 3 threads each")
     assert rows["global batch"][0] == "32 x 1024 = 32,768 tokens"
     assert "batch 32 / base_batch_size 8 = 4" in rows["optimizer"][1]
     assert all(reason for _, reason in rows.values())

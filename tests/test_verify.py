@@ -68,9 +68,11 @@ def verdict_of(
 STRICT = ["determinism=strict"]
 
 
-@pytest.mark.parametrize("sync", ["exact", "reference", "ddp"])
+@pytest.mark.parametrize(
+    "sync", ["sync=exact", "shard_optimizer=true", "sync=reference", "sync=ddp", "sync=sharded"]
+)
 def test_it_holds(place: Path, monkeypatch: pytest.MonkeyPatch, sync: str) -> None:
-    verdict = verdict_of(place, monkeypatch, [1, 3], overrides=[f"sync={sync}"])
+    verdict = verdict_of(place, monkeypatch, [1, 3], overrides=[sync])
     assert verdict.holds
     assert [r.replicas for r in verdict.rows] == [1, 3]
     assert all(r.samples_identical for r in verdict.rows)
@@ -97,16 +99,16 @@ def test_a_last_step_that_is_small_is_compared_right(
 
 
 def nothing_summed(world) -> None:
-    from unisono.sync import exact
+    from unisono.sync import exact, zero
 
-    exact.tree_sum = lambda pieces: pieces[0]
+    exact.tree_sum = zero.tree_sum = lambda pieces: pieces[0]
 
 
 def one_rank_dropped(world) -> None:
-    from unisono.sync import exact
+    from unisono.sync import exact, zero
 
     original = exact.tree_sum
-    exact.tree_sum = lambda pieces: original(pieces[:-1] or pieces)
+    exact.tree_sum = zero.tree_sum = lambda pieces: original(pieces[:-1] or pieces)
 
 
 def nothing_received(world) -> None:
@@ -119,14 +121,35 @@ def nothing_received(world) -> None:
             return Handle(None, None, self.ledger)
         return original(self, tensor)
 
-    Group.all_reduce = of_nothing
+    def exchange(self, received, sent):
+        if self.name == "scatter":
+            received.zero_()
+            return Handle(None, None, self.ledger)
+        return exchange_(self, received, sent)
+
+    exchange_ = Group.exchange
+    Group.all_reduce, Group.exchange = of_nothing, exchange
+
+
+def old_weights_return(world) -> None:
+    """The other ranks' updated weights never arrive."""
+    from unisono.sync.ledger import Group, Handle
+
+    original = Group.exchange
+
+    def exchange(self, received, sent):
+        if self.name == "gather":
+            return Handle(None, None, self.ledger)
+        return original(self, received, sent)
+
+    Group.exchange = exchange
 
 
 def mean_of_ranks(world) -> None:
-    from unisono.sync import exact
+    from unisono.sync import exact, zero
 
     original = exact.tree_sum
-    exact.tree_sum = lambda pieces: original(pieces).div_(len(pieces))
+    exact.tree_sum = zero.tree_sum = lambda pieces: original(pieces).div_(len(pieces))
 
 
 def every_rank_the_same_samples(world) -> None:
@@ -158,13 +181,15 @@ def rows_dealt_round_robin(world) -> None:
         (every_rank_the_same_samples, 2, False),
         (rows_dealt_round_robin, 2, False),
         (nothing_summed, 4, True),
+        (old_weights_return, 2, False),
     ],
 )
 def test_what_is_broken_does_not_hold(
     place: Path, monkeypatch: pytest.MonkeyPatch, break_it: Callable, replicas: int, strict: bool
 ) -> None:
     # Clipping and AdamW would both hide a gradient that is too large by a factor.
-    overrides = ["optim=sgd", "learning_rate=0.5", "max_grad_norm=0", *(STRICT if strict else [])]
+    overrides = ["optim=sgd", "learning_rate=0.5", "max_grad_norm=0"]
+    overrides += STRICT if strict else ["shard_optimizer=true"]
     verdict = verdict_of(place, monkeypatch, [1, replicas], break_it, overrides)
     assert verdict.rows[0].holds
     assert not verdict.rows[1].holds
@@ -175,7 +200,7 @@ def test_what_is_broken_does_not_hold(
 
 def running_sums(world) -> None:
     """Left to right instead of the tree: right up to rounding, and not the same bits."""
-    from unisono.sync import exact, tree
+    from unisono.sync import bucket, exact, tree
 
     def left_to_right(pieces):
         for piece in pieces[1:]:
@@ -187,7 +212,7 @@ def running_sums(world) -> None:
             super().__init__(leaves)
             self.run = leaves
 
-    exact.tree_sum, exact.TreeSum = left_to_right, RunningSum
+    exact.tree_sum, bucket.TreeSum = left_to_right, RunningSum
 
 
 def test_running_sums_hold_unless_strict(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,10 +38,8 @@ class _Section(BaseModel):
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads yes, on and true as a bool, and Python takes that for the number 1."""
-        if (
-            isinstance(value, bool)
-            and cls.model_fields[str(info.field_name)].annotation is not bool
-        ):
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and wanted is not bool and bool not in get_args(wanted):
             raise ValueError("input should not be a yes or no")
         return value
 
@@ -79,6 +77,15 @@ class TokenizerConfig(_Section):
     vocab_size: int = Field(4096, ge=260, le=1_000_000)
     train_bytes: int = Field(64 * 2**20, ge=1)
     """At most this many bytes of the data are used to train it."""
+
+
+class MeshConfig(_Section):
+    """Ranks of `sync: sharded`: `replica` copies of the model, each over `shard` ranks."""
+
+    replica: int = Field(1, ge=1)
+    """Copies of the model; their gradients are summed once a step."""
+    shard: AtLeastOne | Literal["auto"] = "auto"
+    """Ranks that share one copy; `auto`: as many as there are."""
 
 
 class Config(_Section):
@@ -150,9 +157,19 @@ class Config(_Section):
     threads: int | None = Field(None, ge=1)
     """CPU threads of one replica; by default the cores divided among the local replicas, and 1 in
     strict mode, because the number of threads changes the order of sums."""
-    sync: Literal["exact", "ddp", "reference"] = "exact"
-    bucket_mb: float = Field(4.0, gt=0)
-    """Gradients travel in buckets of about this size (MiB)."""
+    sync: Literal["exact", "sharded", "ddp", "reference"] = "exact"
+    """`exact`: a whole model on every replica. `sharded`: FSDP2, for models that do not fit. `ddp`:
+    PyTorch's. `reference`: the naive definition of correct, for tests."""
+    shard_optimizer: Literal["auto"] | bool = "auto"
+    """exact: each replica keeps 1/n of the optimizer state and steps that part of the weights, which
+    return during the next forward pass. `auto`: yes, unless strict or alone."""
+    wire: Literal["float32", "bfloat16"] = "float32"
+    """exact: what travels. bfloat16 halves the bytes; sums and master weights stay float32."""
+    mesh: MeshConfig | None = None
+    """sharded: how replicas divide into `replica` x `shard`; by default all of them shard."""
+    bucket_mb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """exact: gradients travel in buckets of about this size (MiB). `auto`: chosen by the measured
+    link, then tuned on the first steps of the run."""
     check_replicas_every: int = Field(100, ge=0)
     """Compare digests of weights and optimizer state across replicas every so many steps."""
     timeout_s: float = Field(600.0, gt=0)
@@ -353,4 +370,6 @@ def _fields_at(path: list[str]) -> list[str]:
     return list(section.model_fields)
 
 
-_ALL_FIELDS = {name for s in (Config, DataConfig, TokenizerConfig) for name in s.model_fields}
+_ALL_FIELDS = {
+    name for s in (Config, DataConfig, TokenizerConfig, MeshConfig) for name in s.model_fields
+}

@@ -14,6 +14,9 @@ from unisono.errors import ConfigError
 from unisono.train.scaling import Hyper, scale, warmup_steps
 from unisono.world import World
 
+DEFAULT_BUCKET_MB = 4.0
+SHARD_BYTES = 1 << 20
+"""Gradients of fewer bytes are not worth a second trip: one all-reduce takes about as long."""
 STRICT_REPLICAS = 8
 """Strict mode cuts the global batch into a multiple of this many micro-batches, whatever the number
 of replicas, so that up to this many (any power of two) hold whole subtrees of one and the same sum."""
@@ -51,6 +54,12 @@ class Plan:
     warmup_steps: int
     eval_steps: int
     save_steps: int
+    shard_optimizer: bool
+    """Each rank steps the optimizer on its own 1/n (sync/zero.py)."""
+    bucket_mb: float
+    """What travels together at first, MiB."""
+    mesh: tuple[int, int] | None
+    """(replica, shard) ranks of `sync: sharded`."""
     sent_bytes_per_step: int
     """By each rank."""
     model_bytes: int
@@ -89,14 +98,13 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
     warmup, reasons["warmup_steps"] = warmup_steps(config, hyper, steps)
     tenth = max(1, round(steps / 10))
     n = world.size
-    sent = 2 * facts.gradient_bytes * (n - 1) // n
-    if config.sync == "reference":
-        sent = facts.gradient_bytes * (n - 1) * (leaves // n)
-    moments = {"adamw": 2, "sgd": int(config.momentum > 0)}[config.optim]
-    memory = 4 * facts.parameters + facts.gradient_bytes * (
-        1 + moments + int(n > 2 and config.sync != "ddp")
+    mesh = _mesh(config, n)
+    shard = _shard_optimizer(config, facts, n, reasons)
+    sent = _sent_bytes(config, facts, n, mesh, leaves // n)
+    memory = _memory_bytes(config, facts, n, mesh, shard)
+    reasons["sent_bytes_per_step"] = f"{facts.trainable / 1e6:.2f} M gradients, {config.sync}" + (
+        f", {config.wire} on the wire" if config.wire != "float32" else ""
     )
-    reasons["sent_bytes_per_step"] = f"{facts.trainable / 1e6:.2f} M gradients, {config.sync}"
     return Plan(
         replicas=n,
         global_batch_size=config.global_batch_size,
@@ -111,6 +119,9 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
         warmup_steps=warmup,
         eval_steps=config.eval_steps or tenth,
         save_steps=config.save_steps or tenth,
+        shard_optimizer=shard,
+        bucket_mb=DEFAULT_BUCKET_MB if config.bucket_mb == "auto" else config.bucket_mb,
+        mesh=mesh,
         sent_bytes_per_step=sent,
         model_bytes=memory,
         reasons=reasons,
@@ -144,10 +155,10 @@ def _micro_batches(config: Config, world: World, micro_batch: int, reasons: dict
             f"replicas: found {n}; determinism: strict needs a power of two "
             f"(a fixed binary tree is cut at whole subtrees)"
         ).on_every_rank()
-    if config.sync == "ddp":
+    if config.sync in ("ddp", "sharded"):
         raise ConfigError(
-            "sync: found ddp; its order of sums depends on the number of replicas, so "
-            "determinism: strict needs sync: exact"
+            f"sync: found {config.sync}; its order of sums depends on the number of replicas, so "
+            f"determinism: strict needs sync: exact"
         ).on_every_rank()
     unit = max(STRICT_REPLICAS, n)
     count = unit * math.ceil(batch / (unit * micro_batch))
@@ -155,6 +166,80 @@ def _micro_batches(config: Config, world: World, micro_batch: int, reasons: dict
         f"strict: {count} micro-batches a step, the same for every number of replicas up to {unit}"
     )
     return count
+
+
+def _mesh(config: Config, n: int) -> tuple[int, int] | None:
+    if config.sync != "sharded":
+        if config.mesh:
+            raise ConfigError(
+                f"mesh: found with sync: {config.sync}; write sync: sharded, or leave mesh out"
+            ).on_every_rank()
+        return None
+    replica = config.mesh.replica if config.mesh else 1
+    asked = config.mesh.shard if config.mesh else "auto"
+    shard = max(1, n // replica) if asked == "auto" else asked
+    if replica * shard != n:
+        raise ConfigError(
+            f"mesh: found replica {replica} x shard {shard} = {replica * shard}, but there are {n} "
+            f"ranks; make the product {n}, or leave shard out"
+        ).on_every_rank()
+    return replica, shard
+
+
+def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, str]) -> bool:
+    """Whether the optimizer runs on shards; raises ConfigError for what does not combine."""
+    strict = config.determinism == "strict"
+    asked = config.shard_optimizer
+    if config.wire != "float32" and (config.sync != "exact" or strict or asked is False):
+        with_ = "determinism: strict" if strict else "shard_optimizer: false"
+        if config.sync != "exact":
+            with_ = f"sync: {config.sync}"
+        raise ConfigError(
+            f"wire: found {config.wire} with {with_}, which sums and keeps whole float32 "
+            f"gradients; write wire: float32, or sync: exact alone"
+        ).on_every_rank()
+    if asked is True and (config.sync != "exact" or strict):
+        raise ConfigError(
+            "shard_optimizer: found true, which needs sync: exact and not determinism: strict "
+            "(the order of the norm's sum would depend on the number of replicas)"
+        ).on_every_rank()
+    few = facts.gradient_bytes < SHARD_BYTES and config.wire == "float32" and asked == "auto"
+    if strict or n == 1 or few or asked is False or config.sync != "exact":
+        why = "few bytes" if few else "as given" if asked is False else "alone" if n == 1 else ""
+        reasons["shard_optimizer"] = "strict" if strict else why or config.sync
+        return False
+    reasons["shard_optimizer"] = f"1/{n} of the optimizer's memory and time on each replica"
+    return True
+
+
+def _sent_bytes(
+    config: Config, facts: Facts, n: int, mesh: tuple[int, int] | None, accumulation: int
+) -> int:
+    """Gradients and weights that each rank sends in a step; formulas in the strategies' files."""
+    size = facts.gradient_bytes
+    if config.sync == "reference":
+        return size * (n - 1) * accumulation
+    if mesh:
+        replica, shard = mesh
+        over_shards = size * (shard - 1) // shard
+        # Weights for each forward and each backward pass, gradients once.
+        return over_shards * (2 * accumulation + 1) + 2 * size // shard * (replica - 1) // replica
+    return 2 * size * (n - 1) // n // (2 if config.wire == "bfloat16" else 1)
+
+
+def _memory_bytes(
+    config: Config, facts: Facts, n: int, mesh: tuple[int, int] | None, shard: bool
+) -> int:
+    """Weights, gradients, optimizer state and received pieces on each rank."""
+    moments = {"adamw": 2, "sgd": int(config.momentum > 0)}[config.optim]
+    size = facts.gradient_bytes
+    if mesh:
+        return (4 * facts.parameters + size * (1 + moments)) // mesh[1]
+    if shard:
+        moments += int(config.wire == "bfloat16")  # master weights
+        return 4 * facts.parameters + size + size * moments // n
+    received = int(n > 2 and config.sync == "exact")
+    return 4 * facts.parameters + size * (1 + moments + received)
 
 
 def _length(config: Config, facts: Facts, reasons: dict[str, str]) -> tuple[int, int]:
@@ -166,6 +251,18 @@ def _length(config: Config, facts: Facts, reasons: dict[str, str]) -> tuple[int,
     steps = math.ceil(samples / config.global_batch_size)
     reasons["max_steps"] = f"{config.num_train_epochs:g} epochs of {facts.train_samples} samples"
     return steps, samples
+
+
+def _sync(plan: Plan, config: Config) -> str:
+    if plan.mesh:
+        return f"sharded {plan.mesh[0]} x {plan.mesh[1]}"
+    return config.sync + (", optimizer on shards" if plan.shard_optimizer else "")
+
+
+def _buckets(plan: Plan) -> list[tuple[str, str, str]]:
+    if "bucket_mb" not in plan.reasons:
+        return []
+    return [("buckets", f"{plan.bucket_mb:g} MiB", plan.reasons["bucket_mb"])]
 
 
 def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tuple[str, str, str]]:
@@ -180,7 +277,7 @@ def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tup
         optimizer += f", betas {h.beta1:.3g} {h.beta2:.4g}"
     return [
         ("model", f"{facts.parameters / 1e6:.2f} M parameters", f"{facts.trainable / 1e6:.2f} M trained"),
-        ("replicas", f"{plan.replicas} on {place}", f"sync {config.sync}{threads}"),
+        ("replicas", f"{plan.replicas} on {place}", f"sync {_sync(plan, config)}{threads}"),
         (
             "global batch",
             f"{plan.global_batch_size} x {plan.sequence_length} = {tokens:,} tokens",
@@ -200,6 +297,7 @@ def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tup
             f"{plan.sent_bytes_per_step / 1e6:.2f} MB a step and rank",
             plan.reasons["sent_bytes_per_step"],
         ),
+        *_buckets(plan),
         ("memory", f"{plan.model_bytes / 1e6:.1f} MB a replica", "without activations"),
         (
             "held out",

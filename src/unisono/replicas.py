@@ -34,9 +34,7 @@ class Replicas:
         self._model = model
         self._group = Group("replicas", self.ledger, timeout_s)
         broadcast_model(model, self._group)
-        self._exact = Exact(
-            model.named_parameters(), self.ledger, bucket_mb=bucket_mb, timeout_s=timeout_s
-        )
+        self._exact = Exact(model, self.ledger, bucket_mb=bucket_mb, timeout_s=timeout_s)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

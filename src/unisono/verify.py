@@ -116,10 +116,13 @@ def worker(config: Config, world: World, steps: int) -> None:
             samples.append(own_samples(job))
             losses.append(advanced.outcome.loss)
             job.progress.step += 1
+        weights = job.sync.state_dict()
+        digest = weights_digest(job, weights)
         write_json(out / f"samples-{world.rank}.json", samples)
         if world.is_main:
-            write_json(out / "result.json", {"losses": losses, "digest": weights_digest(job)})
-            tensors = {n: p.detach().cpu().contiguous() for n, p in job.model.named_parameters()}
+            write_json(out / "result.json", {"losses": losses, "digest": digest})
+            names = {n for n, _ in job.model.named_parameters()}
+            tensors = {n: t.cpu().contiguous() for n, t in weights.items() if n in names}
             save_file(tensors, out / "parameters.safetensors")
         votes.barrier()
 

@@ -59,7 +59,7 @@ def assert_equal(found: dict, wanted: dict, tolerance: float = 1e-6) -> None:
 
 def exact(model: nn.Module, **changes) -> Exact:
     options = {"bucket_mb": 0.001, "timeout_s": 60, **changes}
-    return Exact(model.named_parameters(), Ledger(), **options)
+    return Exact(model, Ledger(), **options)
 
 
 # --- how users treat gradients

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ranks import run_ranks
-from unisono.sync import make_strategy
+from unisono.sync import make_strategy, zero
 from unisono.sync.digest import sha256
 from unisono.sync.ledger import Ledger
-from unisono.sync.update import update
 
 STEPS, ROWS, LENGTH, VOCAB = 20, 12, 10, 23
 
@@ -53,24 +52,39 @@ def leaf_rows(leaf: int, leaves: int) -> slice:
     return slice(leaf * ROWS // leaves, (leaf + 1) * ROWS // leaves)
 
 
+def sgd(matrices, vectors) -> torch.optim.Optimizer:
+    return torch.optim.SGD([*matrices, *vectors], lr=0.5, momentum=0.9, weight_decay=0.01)
+
+
+def make(strategy: str, model: nn.Module, ledger: Ledger, leaves: int | None = None):
+    """`NAME[-shard|-rows|-bfloat16]`; rows: the embedding's rows travel by themselves."""
+    name, _, variant = strategy.partition("-")
+    if name == "ddp":
+        from unisono.sync.ddp import DDP
+
+        return DDP(model, ledger, optimizer=sgd, find_unused_parameters=True)
+    if variant == "rows":
+        zero.TABLE_BYTES, zero.TABLE_SHARE = 0, 1.0
+    return make_strategy(
+        name,
+        model,
+        ledger,
+        optimizer=sgd,
+        bucket_mb=0.002,
+        leaves=leaves,
+        shard=bool(variant),
+        wire="bfloat16" if variant == "bfloat16" else "float32",
+        timeout_s=60,
+    )
+
+
 def train(world, strategy: str, leaves: int, strict: bool, steps: int = STEPS):
     """`leaves` micro-batches a step over all replicas; returns parameters and losses."""
     torch.manual_seed(7)
     model = Model()
     mine = leaves // world.size
     ledger = Ledger()
-    if strategy == "ddp":
-        from unisono.sync.ddp import DDP
-
-        sync = DDP(model, ledger, find_unused_parameters=True)
-        forward = sync.model
-    else:
-        sync = make_strategy(
-            strategy, model, ledger, bucket_mb=0.002, leaves=mine if strict else None, timeout_s=60
-        )
-        forward = model
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(params, lr=0.5, momentum=0.9, weight_decay=0.01)
+    sync = make(strategy, model, ledger, mine if strict else None)
     losses = []
     for step in range(steps):
         ids, labels = global_batch(step)
@@ -79,7 +93,7 @@ def train(world, strategy: str, leaves: int, strict: bool, steps: int = STEPS):
             rows = leaf_rows(world.rank * mine + k, leaves)
             with sync.micro_batch(last=k == mine - 1):
                 rare = bool((ids[rows, 0] % 2 == 0).any())
-                logits = forward(ids[rows], rare)
+                logits = sync.model(ids[rows], rare)
                 loss = F.cross_entropy(
                     logits.flatten(0, 1), labels[rows].flatten(), reduction="sum"
                 )
@@ -87,8 +101,9 @@ def train(world, strategy: str, leaves: int, strict: bool, steps: int = STEPS):
             loss_sum += loss.item()
             count += int((labels[rows] != -100).sum())
         total_loss, tokens = sync.finish(loss_sum, count)
-        update(params, optimizer, divide_by=tokens, max_norm=1.0)
+        sync.update(divide_by=tokens, max_norm=1.0, learning_rate=0.5)
         losses.append(total_loss / tokens)
+    sync.settle()
     state = {n: p.detach().clone() for n, p in model.named_parameters()}
     return state, losses, sha256(state)
 
@@ -122,10 +137,21 @@ def one() -> dict:
 
 
 LEAVES = 12
+EXACT = ["exact", "exact-shard", "exact-rows", "reference", "ddp"]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_bfloat16_on_the_wire_stays_close_and_replicas_equal(size: int, one: dict) -> None:
+    """A gradient is rounded once, to 2^-9 of itself; weights follow the float32 masters."""
+    results = run_ranks(train, size, "exact-bfloat16", LEAVES, False)
+    for state, losses, digest in results:
+        assert 1e-6 < difference(state, one) <= 1e-2
+        assert digest == results[0][2], "replicas differ"
+        assert losses == results[0][1]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("strategy", ["exact", "reference", "ddp"])
+@pytest.mark.parametrize("strategy", EXACT)
 def test_parameters_equal_one_process(strategy: str, size: int, one: dict) -> None:
     """20 SGD steps, 12 micro-batches of ragged targets in all, accumulation 12, 6 and 3."""
     results = run_ranks(train, size, strategy, LEAVES, False)
@@ -135,7 +161,7 @@ def test_parameters_equal_one_process(strategy: str, size: int, one: dict) -> No
         assert losses == results[0][1]
 
 
-@pytest.mark.parametrize("strategy", ["exact", "reference", "ddp"])
+@pytest.mark.parametrize("strategy", EXACT)
 def test_one_micro_batch_a_rank(strategy: str) -> None:
     """Accumulation 1: four ranks with one micro-batch each equal one rank with four."""
     one, _, _ = run_ranks(train, 1, strategy, 4, False)[0]

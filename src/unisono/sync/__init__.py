@@ -1,13 +1,14 @@
-"""One seam for synchronization: how the gradients of N replicas become one.
+"""One seam for synchronization: how the gradients of N replicas become one, and the weights stay one.
 
-A strategy wraps each micro-batch's backward pass (`micro_batch`) and completes the step (`finish`);
-then gradients are sums over the whole global batch, to be divided once by its number of targets.
-Every strategy is a file here and is tested against `reference`.
+A strategy wraps each micro-batch's forward and backward pass (`micro_batch`), completes the gradients
+(`finish`), and owns the optimizer on whatever shard it holds (`update`). What must travel afterwards
+may still travel while the next forward pass runs; `settle` waits for it. Every strategy is a file
+here and is tested against `reference`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,19 +17,40 @@ from unisono.sync.ddp import DDP
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.reference import Reference
+from unisono.sync.update import OptimizerFactory, Update
+from unisono.sync.zero import Zero
 
 
 class Strategy(Protocol):
     """The seam. What each does to the bits, what it sends and how it fails is in its own file."""
 
     ledger: Ledger
+    model: nn.Module
+    """What the forward pass must call."""
+    lockstep: bool
+    """Forward passes communicate: all ranks must run the same number of them, in the same order."""
+    can_give_up: bool
+    """A step may be given up half-way; otherwise an exception on one rank ends the run."""
 
     def micro_batch(self, last: bool = True) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a micro-batch; `last`: of this step."""
 
     def finish(self, *values: float) -> list[float]:
-        """Collective: gradients are complete afterwards; returns sums over ranks of `values`."""
+        """Collective: gradient sums are complete where they are owned; sums of `values` over ranks."""
         ...
+
+    def update(self, *, divide_by: float, max_norm: float, learning_rate: float) -> Update:
+        """Collective, after `finish`: clip the global norm, step the optimizer, drop gradients.
+
+        Nothing changes on any rank when a gradient is not finite.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Every rank alike: wait until all parameters are whole and current on this rank.
+
+        Needed before weights are read outside of `micro_batch`.
+        """
 
     def discard(self) -> None:
         """Forget the gradients of this step without communicating. Every rank must agree on it."""
@@ -44,8 +66,33 @@ class Strategy(Protocol):
     def blame(self) -> tuple[int, str] | None:
         """After `finish`: (rank, parameter) of a non-finite contribution, if this rank saw one."""
 
+    def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every rank alike: what must be equal on all ranks, bit for bit."""
+        ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Collective: the model's whole state dict, settled; only rank 0's needs to be complete.
+
+        Valid until the next `update`.
+        """
+        ...
+
+    def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Collective: (state.parameter, whole tensor), one after another; to be exhausted.
+
+        What is yielded is valid until the next one.
+        """
+        ...
+
+    def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `optimizer_state` of any strategy gave. Each rank takes its own part."""
+
+    def layout(self) -> dict[str, Any]:
+        """JSON: what was learned about the order of gradients, for `make_strategy` of a resume."""
+        ...
+
     def close(self) -> None:
-        """Remove what was hooked into the model."""
+        """Collective: remove what was hooked into the model."""
 
 
 def broadcast_model(model: nn.Module, group: Group) -> None:
@@ -59,16 +106,42 @@ def make_strategy(
     model: nn.Module,
     ledger: Ledger,
     *,
-    bucket_mb: float,
-    leaves: int | None,
-    timeout_s: float,
+    optimizer: OptimizerFactory | None = None,
+    bucket_mb: float = 4.0,
+    leaves: int | None = None,
+    shard: bool = False,
+    wire: str = "float32",
+    layout: Mapping[str, Any] | None = None,
+    mesh: Sequence[int] | None = None,
+    timeout_s: float = 600.0,
 ) -> Strategy:
-    """Collective: the strategy of that name. `leaves`: as in Exact, None unless strict."""
+    """Collective: the strategy of that name.
+
+    `optimizer`: without one there is no `update` (a loop of one's own has its own). `leaves`: as in
+    Exact, None unless strict. `shard`, `wire`, `layout`: as in Zero. `mesh`: (replica, shard) ranks
+    of `sharded`.
+    """
     if name == "reference":
-        return Reference(model.named_parameters(), ledger, timeout_s)
+        return Reference(model, ledger, optimizer=optimizer, timeout_s=timeout_s)
     if name == "ddp":
-        return DDP(model, ledger, timeout_s=timeout_s)
+        return DDP(model, ledger, optimizer=optimizer, timeout_s=timeout_s)
+    if name == "sharded":
+        from unisono.sync.sharded import Sharded
+
+        assert optimizer is not None
+        return Sharded(model, ledger, optimizer=optimizer, mesh=mesh, timeout_s=timeout_s)
     assert name == "exact", name
+    if shard and torch.distributed.get_world_size() > 1:
+        assert optimizer is not None and not leaves
+        return Zero(
+            model,
+            ledger,
+            optimizer=optimizer,
+            bucket_mb=bucket_mb,
+            wire=wire,
+            layout=layout,
+            timeout_s=timeout_s,
+        )
     return Exact(
-        model.named_parameters(), ledger, bucket_mb=bucket_mb, leaves=leaves, timeout_s=timeout_s
+        model, ledger, optimizer=optimizer, bucket_mb=bucket_mb, leaves=leaves, timeout_s=timeout_s
     )

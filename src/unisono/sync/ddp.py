@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.update import OptimizerFactory
+from unisono.sync.whole import Whole
 
 # Its forward pass would be a collective even under no_sync, so no rank could run alone. torch 2.13
 # renames the argument.
@@ -26,38 +28,41 @@ _BUFFER_SYNC = (
 )
 
 
-class DDP:
+class DDP(Whole):
     """The strategy of this file. Collective: every rank makes it with the same model.
 
     `model` is what the forward pass must call instead of the module itself.
     """
+
+    can_give_up = False  # its reducer cannot complete such a step
 
     def __init__(
         self,
         module: nn.Module,
         ledger: Ledger,
         *,
+        optimizer: OptimizerFactory | None = None,
         bucket_mb: float | None = None,
         find_unused_parameters: bool = False,
         timeout_s: float = 600.0,
     ) -> None:
-        self.ledger = ledger
+        super().__init__(module, ledger, optimizer)
+        self._module = module
         self._group = Group("control", ledger, timeout_s)
-        self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self.params = [p for _, p in self.named]
         buffers: Any = {_BUFFER_SYNC: False}
-        self.model = DistributedDataParallel(
+        self._ddp = DistributedDataParallel(
             module,
             bucket_cap_mb=bucket_mb,
             gradient_as_bucket_view=True,
             **buffers,
             find_unused_parameters=find_unused_parameters,
         )
+        self.model = self._ddp
 
     @contextmanager
     def micro_batch(self, last: bool = True) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch; only the `last` communicates."""
-        with nullcontext() if last else self.model.no_sync():
+        with nullcontext() if last else self._ddp.no_sync():
             yield
 
     @torch.no_grad()
@@ -70,24 +75,10 @@ class DDP:
                 torch._foreach_mul_(grads, float(self._group.size))  # from its mean to the sum
         return totals
 
-    def discard(self) -> None:
-        """Forget the gradients of this step without communicating. Every rank must agree on it."""
-        for p in self.params:
-            p.grad = None
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Those that are trained, each once, in the model's order."""
-        return self.named
-
-    def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The gradients that this rank has accumulated itself, under micro_batch(last=False)."""
-        for name, p in self.named:
-            if p.grad is not None:
-                yield name, p.grad
-
-    def blame(self) -> tuple[int, str] | None:
-        """(rank, parameter) of a non-finite contribution, where the strategy still knows it."""
-        return None
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The model's own, without DDP's prefix."""
+        return dict(self._module.state_dict())
 
     def close(self) -> None:
-        pass
+        """Collective: end the process group of the scalars; DDP itself cannot be removed."""
+        self._group.close()

@@ -40,6 +40,12 @@ def sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_each(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Over the `sha256` of each tensor, in the order of the names; needs one tensor at a time."""
+    digests = {name: sha256({name: tensor}) for name, tensor in tensors}
+    return hashlib.sha256("".join(f"{digests[n]}\n" for n in sorted(digests)).encode()).hexdigest()
+
+
 def check_replicas(tensors: Iterable[tuple[str, torch.Tensor]], group: Group, step: int) -> None:
     """Collective: raise ReplicaError on every rank when one rank's tensors differ from the others'.
 

@@ -21,74 +21,43 @@ Failure: a lost peer or a timeout raises ReplicaError. A step may be given up at
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import Parameter
 
 from unisono.errors import ConfigError, UnisonoError
-from unisono.sync.ledger import Group, Handle, Ledger
-from unisono.sync.tree import HALF, TreeSum, tree_sum
-
-ALIGN = 64
-"""Bytes. Every gradient starts at a multiple, so that kernels treat it alike wherever it lies."""
-
-
-class Bucket:
-    """Parameters whose gradients travel together; a flat buffer and each one's place in it."""
-
-    def __init__(self, params: Sequence[tuple[int, Parameter]], replicas: int, leaves: int | None):
-        first = params[0][1]
-        step = ALIGN // first.element_size()
-        self.indices = [i for i, _ in params]
-        self.views: list[torch.Tensor] = []
-        offsets, end = [], 0
-        for _, p in params:
-            offsets.append(end)
-            end += -(-p.numel() // step) * step
-        size = -(-end // (replicas * step)) * replicas * step
-        self.flat = torch.zeros(size, dtype=first.dtype, device=first.device)
-        for (_, p), offset in zip(params, offsets, strict=True):
-            self.views.append(self.flat[offset : offset + p.numel()].view(p.shape))
-        # Zeros, so that `blame` finds nothing in what has not been received yet.
-        self.received = torch.zeros_like(self.flat).view(replicas, -1) if replicas > 2 else None
-        self.tree = TreeSum(leaves) if leaves else None
-        self.missing = set(self.indices)
-        """Parameters that have no gradient yet in this micro-batch (or, without a tree, step)."""
-        self.pending = len(self.indices)
-        """Parameters that the communicating backward pass has yet to reach."""
-        self.scatter: Handle | None = None
-        self.gather: Handle | None = None
-
-    def reset(self) -> None:
-        self.missing = set(self.indices)
-        self.pending = len(self.indices)
-        self.scatter = self.gather = None
+from unisono.sync.bucket import Bucket, group_by_size
+from unisono.sync.ledger import Group, Ledger
+from unisono.sync.tree import HALF, tree_sum
+from unisono.sync.update import OptimizerFactory
+from unisono.sync.whole import Whole
 
 
-class Exact:
+class Exact(Whole):
     """The strategy of this file. Collective: every rank makes it with the same arguments."""
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Parameter]],
+        model: nn.Module,
         ledger: Ledger,
         *,
+        optimizer: OptimizerFactory | None = None,
         bucket_mb: float = 4.0,
         leaves: int | None = None,
         timeout_s: float = 600.0,
     ) -> None:
         """`leaves`: micro-batches of this replica in every step, summed in the fixed tree."""
-        named = [(n, p) for n, p in named_parameters if p.requires_grad]
-        self.names = [n for n, _ in named]
-        self.params = [p for _, p in named]
-        half = next((n for n, p in named if p.dtype in HALF), None)
+        super().__init__(model, ledger, optimizer)
+        self.names = [n for n, _ in self.named]
+        half = next((n for n, p in self.named if p.dtype in HALF), None)
         if leaves and half:
             # Rounded on the way between ranks, but not within one: the bits would tell them apart.
             raise ConfigError(
                 f"determinism: strict needs weights in float32, but {half} is in half precision; "
                 f"write bf16: true instead"
             ).on_every_rank()
-        self.ledger = ledger
         self.leaves = leaves
         self.bucket_bytes = int(bucket_mb * 2**20)
         # Three groups: the order of all-gathers against all-to-alls depends on timing.
@@ -100,10 +69,16 @@ class Exact:
         self._reached = [False] * len(self.params)
         self._order: list[int] = []
         self._order_known = False
+        self._learned: dict[str, Any] = {}
         self._last = True
-        self._lay_out(range(len(self.params) - 1, -1, -1))
+        # Alone, without a tree, gradients are complete where autograd leaves them.
+        self._alone = self.replicas == 1 and not leaves
+        self._set_buckets([])
+        if not self._alone:
+            self._lay_out(range(len(self.params) - 1, -1, -1))
+        hook = self._on_gradient_alone if self._alone else self._on_gradient
         self._hooks = [
-            p.register_post_accumulate_grad_hook(partial(self._on_gradient, i))
+            p.register_post_accumulate_grad_hook(partial(hook, i))
             for i, p in enumerate(self.params)
         ]
 
@@ -124,6 +99,9 @@ class Exact:
     def finish(self, *values: float) -> list[float]:
         """Collective: complete the gradients; returns the sum over ranks of each of `values`."""
         with self.ledger.clock("communication"):
+            if self._alone:
+                self._reset()
+                return list(values)
             scalars = torch.tensor([*values, *self._used], dtype=torch.float64)
             summing = self._control.all_reduce(scalars)
             for bucket in self._buckets[self._num_sent :]:
@@ -147,18 +125,17 @@ class Exact:
             if bucket.tree:
                 bucket.tree.reset()
         self._reset()
-        for p in self.params:
-            p.grad = None
+        super().discard()
 
-    def named_parameters(self) -> list[tuple[str, Parameter]]:
-        """Those that are trained, each once, in the model's order."""
-        return list(zip(self.names, self.params, strict=True))
+    def rebucket(self, bucket_mb: float) -> None:
+        """Collective, between steps: let about `bucket_mb` MiB travel together from now on."""
+        self.bucket_bytes = int(bucket_mb * 2**20)
+        if self._order_known and not self._alone:
+            self._lay_out(self._learned["order"])
 
-    def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The gradients that this rank has accumulated itself, before `finish`."""
-        for name, p in zip(self.names, self.params, strict=True):
-            if p.grad is not None:
-                yield name, p.grad
+    def layout(self) -> dict[str, Any]:
+        """What the first step learned, for a resume; empty before."""
+        return dict(self._learned)
 
     def blame(self) -> tuple[int, str] | None:
         """After `finish`: (rank, parameter) of a non-finite contribution that this rank received.
@@ -169,7 +146,8 @@ class Exact:
         if self.replicas <= 2:
             return None
         for bucket in self._buckets:
-            assert bucket.received is not None
+            if bucket.received is None:
+                continue
             # The first row holds the sum by now; the others are, or contain, single ranks' pieces.
             for rank, row in reversed(list(enumerate(bucket.received))):
                 bad = (~torch.isfinite(row)).nonzero()
@@ -179,8 +157,11 @@ class Exact:
         return None
 
     def close(self) -> None:
+        """Collective: the hooks go, gradients stay where they are."""
         for hook in self._hooks:
             hook.remove()
+        for group in (self._control, self._scatters, self._gathers):
+            group.close()
 
     # --- the backward pass
 
@@ -190,11 +171,7 @@ class Exact:
         with self.ledger.clock("communication"):
             bucket, view = self._places[i]
             if bucket.scatter is not None:
-                raise UnisonoError(
-                    f"{self.names[i]} received a gradient after its bucket was sent: several "
-                    f"backward passes in one step need `with sync.micro_batch(last=False)` around "
-                    f"all but the last, and gradient checkpointing needs use_reentrant=False"
-                )
+                self._refuse_second(i)
             if param.grad is not view:
                 assert param.grad is not None
                 view.copy_(param.grad.to_dense())
@@ -211,17 +188,26 @@ class Exact:
                 self._send(self._next_bucket)
             self._advance(wait=False)
 
+    def _on_gradient_alone(self, i: int, param: Parameter) -> None:
+        """What several replicas could not do is refused for one too."""
+        if self._reached[i]:
+            self._refuse_second(i)
+        self._reached[i] = self._last
+
+    def _refuse_second(self, i: int) -> None:
+        raise UnisonoError(
+            f"{self.names[i]} received a gradient after its bucket was sent: several backward "
+            f"passes in one step need `with sync.micro_batch(last=False)` around all but the last, "
+            f"and gradient checkpointing needs use_reentrant=False"
+        )
+
     @property
     def _next_bucket(self) -> Bucket:
         return self._buckets[self._num_sent]
 
-    def _fill_missing(self, bucket: Bucket) -> None:
-        for i in bucket.missing:
-            self._places[i][1].zero_()
-
     def _keep_leaf(self) -> None:
         for bucket in self._buckets:
-            self._fill_missing(bucket)
+            bucket.fill_missing()
             assert bucket.tree is not None
             bucket.tree.add(bucket.flat)
             bucket.missing = set(bucket.indices)
@@ -229,16 +215,18 @@ class Exact:
             p.grad = None
 
     def _send(self, bucket: Bucket) -> None:
-        self._fill_missing(bucket)
+        bucket.fill_missing()
         if bucket.tree:
             if bucket.tree.complete_but_one:
                 bucket.tree.finish(bucket.flat)
             else:  # the step was given up half-way; what travels is not used
                 bucket.tree.reset()
-        if bucket.received is None:
+        if self.replicas <= 2:
             # One replica: nothing is sent. Two: the sum has one order, whoever computes it.
             bucket.scatter = bucket.gather = self._scatters.all_reduce(bucket.flat)
         else:
+            if bucket.received is None:
+                bucket.received = torch.empty_like(bucket.rows)
             bucket.scatter = self._scatters.all_to_all(bucket.received.view(-1), bucket.flat)
         self._num_sent += 1
 
@@ -248,11 +236,12 @@ class Exact:
         while self._num_gathered < self._num_sent:
             bucket = self._buckets[self._num_gathered]
             assert bucket.scatter is not None
-            if bucket.received is not None:
+            if self.replicas > 2:
                 if not (wait or stream or bucket.scatter.done()):
                     return
                 with torch.cuda.stream(stream):  # no-op on a CPU, where `stream` is None
                     bucket.scatter.wait()
+                    assert bucket.received is not None
                     total = tree_sum(list(bucket.received)).to(bucket.flat.dtype)
                     bucket.gather = self._gathers.all_gather(bucket.flat, total)
             self._num_gathered += 1
@@ -284,6 +273,7 @@ class Exact:
         order = torch.tensor([*self._order, *rest])
         self._control.broadcast(order).wait()
         grads = [p.grad for p in self.params]
+        self._learned = {"order": order.tolist()}
         self._lay_out(order.tolist())
         for i, grad in enumerate(grads):
             if grad is not None:
@@ -293,23 +283,14 @@ class Exact:
 
     def _lay_out(self, order: Iterable[int]) -> None:
         """Fill buckets in `order`, each of one dtype and device and about `bucket_bytes`."""
-        buckets: list[list[tuple[int, Parameter]]] = []
-        size = 0
-        for i in order:
-            p = self.params[i]
-            nbytes = p.numel() * p.element_size()
-            kind = (p.dtype, p.device)
-            last = buckets[-1][-1][1] if buckets else None
-            same = last is not None and (last.dtype, last.device) == kind
-            if not same or size + nbytes > self.bucket_bytes:
-                buckets.append([])
-                size = 0
-            buckets[-1].append((i, p))
-            size += nbytes
-        self._buckets = [Bucket(b, self.replicas, self.leaves) for b in buckets]
-        places = {i: (b, v) for b in self._buckets for i, v in zip(b.indices, b.views, strict=True)}
-        self._places = [places[i] for i in range(len(self.params))]
-        on_gpu = self.replicas > 1 and any(b.flat.is_cuda for b in self._buckets)
+        groups = group_by_size(order, self.params, self.bucket_bytes, self.bucket_bytes)
+        self._set_buckets([Bucket(g, self.replicas, leaves=self.leaves) for g in groups])
+
+    def _set_buckets(self, buckets: list[Bucket]) -> None:
+        self._buckets = buckets
+        places = {i: (b, v) for b in buckets for i, v in zip(b.indices, b.views, strict=True)}
+        self._places = [places[i] for i in range(len(self.params)) if places]
+        on_gpu = self.replicas > 1 and any(b.flat.is_cuda for b in buckets)
         self._stream = torch.cuda.Stream() if on_gpu else None
         self._num_sent = self._num_gathered = 0
 

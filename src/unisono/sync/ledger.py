@@ -5,11 +5,13 @@ still in a step to the clock's phase `waiting`. The receipt and the tests on byt
 second instrumentation. A group of one communicates nothing and records nothing.
 
 Bytes are those that this rank sends, S being the whole tensor and n the ranks of the group:
-all-to-all S (n-1)/n; all-gather of a chunk S/n: S (n-1)/n; all-reduce 2 S (n-1)/n (the least for
-any algorithm; gloo's own may send more); broadcast: S (n-1) from the source.
+all-to-all and reduce-scatter S (n-1)/n, with uneven rows those that go to others; all-gather of a chunk S/n: S (n-1)/n;
+all-reduce 2 S (n-1)/n (the least for any algorithm; gloo's own may send more); broadcast: S (n-1)
+from the source.
 """
 
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,6 +25,7 @@ from unisono.errors import ReplicaError
 
 # torch 2.13 renames the two; the new names have the same signature.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(slots=True)
@@ -93,9 +96,12 @@ class Group:
         self.name, self.ledger = name, ledger
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
         self._sequence = 0
-        self._group = (
-            dist.new_group(timeout=timedelta(seconds=timeout_s)) if self.size > 1 else None
-        )
+        # Weak: torch's own reference is the only one, so that leaving the replicas ends the group's
+        # threads. One that still ran while the interpreter shuts down would abort the process.
+        self._reference: weakref.ref[dist.ProcessGroup] | None = None
+        if self.size > 1:
+            group = dist.new_group(timeout=timedelta(seconds=timeout_s))
+            self._reference = weakref.ref(group)
 
     def _issue(self, operation: str, sent_bytes: int, call: Any) -> Handle:
         if self.size == 1:
@@ -121,6 +127,36 @@ class Group:
             lambda: dist.all_to_all_single(received, sent, group=self._group, async_op=True),
         )
 
+    def all_to_all_rows(
+        self,
+        received: torch.Tensor,
+        sent: torch.Tensor,
+        received_rows: list[int],
+        sent_rows: list[int],
+    ) -> Handle:
+        """Collective: the first `sent_rows[0]` rows of `sent` go to rank 0, the next to rank 1, ...
+
+        `received_rows[r]` rows come from rank r, in the order of the ranks. A rank's own rows are
+        copied.
+        """
+        row_bytes = _nbytes(sent) // max(1, len(sent))
+        if self.size == 1:
+            received.copy_(sent)
+        return self._issue(
+            "all-to-all",
+            row_bytes * (sum(sent_rows) - sent_rows[self.rank]),
+            lambda: dist.all_to_all_single(
+                received, sent, received_rows, sent_rows, group=self._group, async_op=True
+            ),
+        )
+
+    def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> Handle:
+        """Collective of two ranks: `received` becomes what the other one sends; nothing is copied."""
+        assert self.size == 2, self.size
+        to_other = [0, 0]
+        to_other[1 - self.rank] = sent.numel()
+        return self.all_to_all_rows(received.view(-1), sent.view(-1), to_other, to_other)
+
     def all_gather(self, whole: torch.Tensor, chunk: torch.Tensor) -> Handle:
         """Collective: `whole` becomes the chunks of all ranks in rank order."""
         if self.size == 1:
@@ -129,6 +165,19 @@ class Group:
             "all-gather",
             _nbytes(chunk) * (self.size - 1),
             lambda: _gather_into(whole.view(-1), chunk.view(-1), group=self._group, async_op=True),
+        )
+
+    def reduce_scatter(self, received: torch.Tensor, sent: torch.Tensor) -> Handle:
+        """Collective: `received` becomes this rank's row of the sum of `sent` over the ranks.
+
+        In the backend's own order of sums, and on gloo with twice the bytes of an all-to-all.
+        """
+        return self._issue(
+            "reduce-scatter",
+            _nbytes(sent) * (self.size - 1) // self.size,
+            lambda: _scatter_into(
+                received.view(-1), sent.view(-1), group=self._group, async_op=True
+            ),
         )
 
     def all_reduce(self, tensor: torch.Tensor) -> Handle:
@@ -147,6 +196,19 @@ class Group:
             sent,
             lambda: dist.broadcast(tensor, source, group=self._group, async_op=True),
         )
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return self._reference() if self._reference else None
+
+    @_group.setter
+    def _group(self, group: dist.ProcessGroup) -> None:
+        self._reference = weakref.ref(group)
+
+    def close(self) -> None:
+        """Collective: end the process group. Every collective must have been waited for."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
 
     def barrier(self) -> None:
         """Collective: returns when every rank has come here."""

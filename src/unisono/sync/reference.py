@@ -5,28 +5,30 @@ micro-batch by micro-batch: S (n-1) m bytes sent for m micro-batches a rank, and
 Every other strategy is tested against this one.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn import Parameter
+from torch import nn
 
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.tree import tree_sum
+from unisono.sync.update import OptimizerFactory
+from unisono.sync.whole import Whole
 
 
-class Reference:
+class Reference(Whole):
     """The strategy of this file. Collective: every rank makes it with the same parameters."""
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Parameter]],
+        model: nn.Module,
         ledger: Ledger,
+        *,
+        optimizer: OptimizerFactory | None = None,
         timeout_s: float = 600.0,
     ) -> None:
-        self.named = [(n, p) for n, p in named_parameters if p.requires_grad]
-        self.params = [p for _, p in self.named]
-        self.ledger = ledger
+        super().__init__(model, ledger, optimizer)
         self._group = Group("reference", ledger, timeout_s)
         self._leaves: list[list[torch.Tensor | None]] = []
 
@@ -66,22 +68,8 @@ class Reference:
     def discard(self) -> None:
         """Forget the gradients of this step without communicating. Every rank must agree on it."""
         self._leaves = []
-        for p in self.params:
-            p.grad = None
-
-    def named_parameters(self) -> list[tuple[str, Parameter]]:
-        """Those that are trained, each once, in the model's order."""
-        return self.named
-
-    def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The gradients of this rank's current micro-batch."""
-        for name, p in self.named:
-            if p.grad is not None:
-                yield name, p.grad
-
-    def blame(self) -> tuple[int, str] | None:
-        """(rank, parameter) of a non-finite contribution, where the strategy still knows it."""
-        return None
+        super().discard()
 
     def close(self) -> None:
-        pass
+        """Collective: end the process group."""
+        self._group.close()

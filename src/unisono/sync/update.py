@@ -1,13 +1,20 @@
-"""What a step does once gradients are complete on every replica: scale, check, clip, update.
+"""What a step does once gradients are complete: scale, check, clip, step the optimizer.
 
-The sum of squares that clipping needs is the finite check too, so the check costs nothing. Every
-replica computes the same from the same bits; nothing is communicated.
+The norm that clipping needs is the finite check too, so the check costs nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import Parameter
+
+OptimizerFactory = Callable[[list[Parameter], list[Parameter]], torch.optim.Optimizer]
+"""Makes an elementwise optimizer of matrices (two dimensions or more) and vectors, which as a rule
+do not decay. Either list may be empty; a strategy may pass flat pieces of the parameters."""
+
+MASTER = "master"
+"""State key of a float32 weight that is more exact than the replicas' own."""
 
 
 @dataclass(frozen=True)
@@ -20,30 +27,26 @@ class Update:
     """False: a gradient was not finite and neither weights nor optimizer state changed."""
 
 
-@torch.no_grad()
-def update(
-    params: list[Parameter],
-    optimizer: torch.optim.Optimizer,
-    *,
-    divide_by: float,
-    max_norm: float,
-) -> Update:
-    """Divide the gradient sums once, clip their global norm, step the optimizer, drop gradients.
+def clip_factor(norm: float, divide_by: float, max_norm: float) -> float:
+    """What gradient sums are multiplied with, `norm` being that of the mean; 0 clips nothing."""
+    clipped = max_norm and norm > max_norm
+    # As torch.nn.utils.clip_grad_norm_ does it.
+    return (max_norm / (norm + 1e-6) if clipped else 1.0) / divide_by
 
-    `divide_by`: the global number of target tokens (or samples). `max_norm`: 0 clips nothing.
-    """
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = global_norm(grads) / divide_by
-    committed = bool(torch.isfinite(torch.tensor(norm)))
-    if committed:
-        factor = 1.0 / divide_by
-        if max_norm and norm > max_norm:
-            factor *= max_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
-        torch._foreach_mul_(grads, factor)
-        optimizer.step()
-    for p in params:
-        p.grad = None
-    return Update(norm, committed)
+
+def is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def by_dimension(params: list[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
+    """(matrices, vectors): those of two dimensions or more, and the others."""
+    return [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+
+
+def step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
 
 
 def global_norm(grads: list[torch.Tensor]) -> float:

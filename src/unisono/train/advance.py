@@ -7,7 +7,6 @@ import torch
 
 from unisono.errors import EXIT_FAILED, Elsewhere, UnisonoError
 from unisono.plan import with_micro_batch
-from unisono.sync.update import update
 from unisono.train.job import Job, memory_advice
 from unisono.train.schedule import factor
 from unisono.train.step import Previous, find_culprit, take_step
@@ -61,12 +60,12 @@ def advance(job: Job, previous: Previous | None = None) -> Advanced | None:
 
 def _apply(job: Job, outcome: Outcome, rate: float) -> float:
     """Update the weights, or skip the step on all ranks alike; returns the gradient norm."""
-    for group in job.optimizer.param_groups:
-        group["lr"] = rate
-    params = [p for _, p in job.sync.named_parameters()]
-    limit = job.config.max_grad_norm
     with job.ledger.clock("optimizer"):
-        done = update(params, job.optimizer, divide_by=max(1, outcome.tokens), max_norm=limit)
+        done = job.sync.update(
+            divide_by=max(1, outcome.tokens),
+            max_norm=job.config.max_grad_norm,
+            learning_rate=rate,
+        )
     progress = job.progress
     if done.committed:
         progress.skipped_in_row = 0

@@ -42,10 +42,13 @@ def evaluate(
     batch_rows: int,
     most_rows: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    lockstep: bool = False,
 ) -> Evaluation | None:
     """Collective: evaluate on the first `most_rows` samples, or all. None when `stop` said so.
 
-    The loss is NaN when memory ran out on any rank.
+    The loss is NaN when memory ran out on any rank. With `lockstep`, where forward passes
+    communicate, a rank without a batch repeats the last one and counts nothing, and memory that runs
+    out ends the run.
     `batch_rows`: what surely fits into memory, a micro-batch; MOST_ROWS at most are used.
     """
     rows = len(blocks) if most_rows is None else min(most_rows, len(blocks))
@@ -61,16 +64,20 @@ def evaluate(
                 if round_ % ROUNDS_BETWEEN_VOTES == 0 and group.sum(float(stop()))[0]:
                     return None
                 index = round_ * group.size + group.rank
-                if index >= batches or no_memory:
+                if no_memory or (index >= batches and not lockstep):
                     continue
-                batch = blocks.read(np.arange(index * size, min((index + 1) * size, rows)))
+                first = min(index, batches - 1) * size
+                batch = blocks.read(np.arange(first, min(first + size, rows)))
                 try:
-                    sums[index] = float(loss_sum(batch))
+                    loss = float(loss_sum(batch))
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
+                    if lockstep or not is_out_of_memory(error):
                         raise
                     no_memory = True
-                sums[batches + index] = float((batch.labels[:, 1:] != NO_LABEL).sum())
+                    continue
+                if index < batches:
+                    sums[index] = loss
+                    sums[batches + index] = float((batch.labels[:, 1:] != NO_LABEL).sum())
     finally:
         model.train(was_training)
     *totals, ranks_without = group.sum(*sums, float(no_memory))

@@ -5,8 +5,9 @@ rank. A failure on one rank is every rank's (train/together.py).
 """
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +24,17 @@ from unisono.model.load import load_model
 from unisono.observe.screen import Screen
 from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan
 from unisono.sync import Strategy, broadcast_model, make_strategy
-from unisono.sync.ddp import DDP
-from unisono.sync.digest import sha256
+from unisono.sync.digest import sha256_of_each
 from unisono.sync.ledger import Group, Ledger
-from unisono.train import checkpoint
+from unisono.sync.link import measure_link
+from unisono.train import checkpoint, tuning
 from unisono.train.objective import causal_lm
-from unisono.train.state import load_optimizer, make_optimizer, optimizer_tensors
+from unisono.train.state import load_optimizer, optimizer_factory
 from unisono.train.step import Feed
 from unisono.train.stopping import Stop
 from unisono.train.together import attempt
 from unisono.train.trial import find_micro_batch
+from unisono.train.tuning import Tuner
 from unisono.world import World, cache_folder
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 PREPARATION_TIMEOUT_S = 7 * 24 * 3600.0
 """While one rank tokenizes, the others wait as long as that takes."""
+TUNED = "tuned"
+"""In the cache folder: sizes of buckets that were found."""
 SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism")
 """Fields that a resumed run must share with its checkpoint to be the same run."""
 
@@ -77,8 +81,9 @@ class Job:
     order: Order
     sync: Strategy
     plan: Plan
-    optimizer: torch.optim.Optimizer
     progress: Progress = field(default_factory=Progress)
+    tuner: Tuner | None = None
+    """Finds the size of buckets on the first steps; None where it is given."""
 
     @property
     def feed(self) -> Feed:
@@ -95,8 +100,7 @@ class Job:
         return _identity(self.prepared)
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
-        forward = self.sync.model if isinstance(self.sync, DDP) else self.model
-        return causal_lm(forward, batch, self.world.device, self.config.bf16)
+        return causal_lm(self.sync.model, batch, self.world.device, self.config.bf16)
 
 
 def set_up(
@@ -129,7 +133,8 @@ def set_up(
 
     model = attempt(votes, build_model)
     assert model is not None
-    model.to(world.device)
+    if config.sync != "sharded":  # which takes its part to the device
+        model.to(world.device)
     broadcast_model(model, votes)
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -145,35 +150,68 @@ def set_up(
     given = config.micro_batch_size
     rows = given if isinstance(given, int) else min(8, -(-config.global_batch_size // 8))
     plan = make_plan(config, world, facts, min(rows, largest))
+    plan, tuner = _buckets(config, world, facts, plan, votes, found)
     sync = make_strategy(
         config.sync,
         model,
         ledger,
-        bucket_mb=config.bucket_mb,
+        optimizer=optimizer_factory(config, plan.hyper),
+        bucket_mb=plan.bucket_mb,
         leaves=plan.accumulation if strict else None,
+        shard=plan.shard_optimizer,
+        wire=config.wire,
+        layout=found.meta.get("layout") if found else None,
+        mesh=plan.mesh,
         timeout_s=config.timeout_s,
     )
-    named = sync.named_parameters()
-    optimizer = make_optimizer(named, config, plan.hyper)
     job = Job(
         config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
-        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, optimizer,
+        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, tuner=tuner,
     )  # fmt: skip
     if found and strict:
         _check_same_bits(found, plan, config)
     if found:
-        attempt(votes, lambda: load_optimizer(found.path, optimizer, named))
+        attempt(votes, lambda: load_optimizer(found.path, sync))
         job.progress = Progress(**found.meta["progress"])
-    if given == "auto" and not strict:
+    if given == "auto" and not strict and not sync.lockstep:
         best = find_micro_batch(partial(try_rows, job), largest, sync, votes, world.device)
         if best == 0:
             raise UnisonoError(
                 "micro_batch_size: memory does not hold one row; " + memory_advice()
             ).on_every_rank()
-        job.plan = make_plan(config, world, facts, best)
+        job.plan = replace(make_plan(config, world, facts, best), bucket_mb=plan.bucket_mb)
     screen.plan(describe(job.plan, config, world, facts))
     attempt(votes, lambda: _write_plan(job), world.is_main)
     return job
+
+
+def _buckets(
+    config: Config,
+    world: World,
+    facts: Facts,
+    plan: Plan,
+    votes: Group,
+    found: checkpoint.Manifest | None,
+) -> tuple[Plan, Tuner | None]:
+    """Collective: the plan with the size of buckets to begin with, and who tunes it further."""
+    if config.bucket_mb != "auto" or config.sync != "exact" or world.size == 1:
+        return plan, None
+    if config.determinism == "strict":
+        return plan, None  # the size changes nothing in the sums, but steps should be alike
+    link = measure_link(votes, world.device)
+    assert link is not None
+    mb, tuned = link.bucket_mb(facts.gradient_bytes), False
+    why = f"link of {link.bytes_per_s * 8 / 1e9:.3g} Gbit/s and {link.latency_s * 1e3:.2g} ms"
+    key = tuning.key_of({**asdict(facts), "replicas": world.size, "wire": config.wire}, link)
+    mine = tuning.recall(cache_folder() / TUNED, key) if world.is_main else None
+    recalled = votes.each(mine or 0.0)[0, 0].item()
+    if found and found.meta.get("bucket_mb"):
+        (mb, tuned), why = found.meta["bucket_mb"], "as in the checkpoint"
+    elif recalled:
+        mb, tuned, why = recalled, True, "as an earlier run has found"
+    reasons = {**plan.reasons, "bucket_mb": why + ("" if tuned else ", tuned on live steps")}
+    plan = replace(plan, bucket_mb=mb, reasons=reasons)
+    return plan, Tuner(mb, done=tuned, key=key)
 
 
 def _same_threads(votes: Group, screen: Screen) -> None:
@@ -242,14 +280,9 @@ def own_samples(job: Job) -> list[int]:
     return [int(s) for leaf in leaves for s in feed.samples(job.progress.step, leaf)]
 
 
-def replicated_tensors(job: Job) -> list[tuple[str, torch.Tensor]]:
-    named = job.sync.named_parameters()
-    return [*named, *optimizer_tensors(job.optimizer, named)]
-
-
-def weights_digest(job: Job) -> str:
-    """SHA-256 of all weights and optimizer state."""
-    return sha256(dict(replicated_tensors(job)))
+def weights_digest(job: Job, weights: dict[str, torch.Tensor]) -> str:
+    """Collective: SHA-256 of all weights (as `state_dict` gave them) and optimizer state."""
+    return sha256_of_each(chain(weights.items(), job.sync.optimizer_state()))
 
 
 def memory_advice() -> str:

@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,24 +27,25 @@ from unisono.observe.metrics import Metrics
 from unisono.observe.receipt import STEP_PHASES, Receipt, make_receipt, render
 from unisono.observe.screen import Screen, StepLine
 from unisono.sync.digest import check_replicas
+from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
-from unisono.train import checkpoint
+from unisono.train import checkpoint, tuning
 from unisono.train.advance import Advanced, advance
 from unisono.train.evaluation import evaluate
 from unisono.train.job import (
+    TUNED,
     Job,
     own_samples,
-    replicated_tensors,
     set_up,
     try_rows,
     weights_digest,
 )
-from unisono.train.state import publish_model, save_state
+from unisono.train.state import Weights, exhaust, publish_model, save_state
 from unisono.train.step import Previous
 from unisono.train.stopping import watching
 from unisono.train.together import attempt
 from unisono.train.trial import Baseline, measure_baseline
-from unisono.world import World, joined
+from unisono.world import World, cache_folder, joined
 
 RECEIPT = "receipt.json"
 SAMPLES = "samples"
@@ -63,7 +64,8 @@ def train(config: Config, world: World, screen: Screen) -> Receipt | None:
         job = set_up(config, world, screen, stop, ledger, votes)
         if job.progress.step >= job.plan.max_steps:
             screen.say(f"already done: {job.progress.step} steps; raise max_steps to train on")
-            attempt(votes, lambda: _publish_if_missing(job), world.is_main)
+            weights = job.sync.state_dict()
+            attempt(votes, lambda: _publish_if_missing(job, weights), world.is_main)
             return None
         return take_steps(job)
 
@@ -92,6 +94,7 @@ def take_steps(job: Job) -> Receipt:
     stopping = False
     while progress.step < plan.max_steps and not stopping:
         began, waited_s = time.perf_counter(), clock.seconds["waiting"]
+        sent_bytes = job.ledger.sent_bytes
         advanced = advance(job, previous)
         if advanced is None:  # a signal came in the middle of a slow step, which is given up
             stopping = True
@@ -100,6 +103,7 @@ def take_steps(job: Job) -> Receipt:
             baseline = None  # it was of another micro-batch
             continue
         step_s, waited_s = time.perf_counter() - began, clock.seconds["waiting"] - waited_s
+        log.sent_bytes += job.ledger.sent_bytes - sent_bytes
         log.samples()
         rows = len(plan.positions(progress.step))
         progress.step += 1
@@ -107,8 +111,10 @@ def take_steps(job: Job) -> Receipt:
         step, last = progress.step, progress.step == plan.max_steps
         stopping = advanced.outcome.stop and not last
         if config.check_replicas_every and step % config.check_replicas_every == 0:
-            check_replicas(replicated_tensors(job), job.votes, step)
+            check_replicas(job.sync.replicated(), job.votes, step)
         log.step(advanced, step_s, final=last or stopping)
+        if job.tuner and not job.tuner.done:
+            _tune(job, log, advanced)
         better = False
         if (step % plan.eval_steps == 0 or last) and len(job.eval_blocks) and not stopping:
             with clock("evaluation"):
@@ -121,7 +127,9 @@ def take_steps(job: Job) -> Receipt:
     if stopping:
         _stop(job, log)
     receipt = log.receipt(baseline)
-    audited = attempt(job.votes, lambda: _finish(job, receipt), world.is_main)
+    weights = job.sync.state_dict()
+    digest = weights_digest(job, weights)
+    audited = attempt(job.votes, lambda: _finish(job, receipt, weights, digest), world.is_main)
     log.close()
     return audited or receipt
 
@@ -150,7 +158,8 @@ class Log:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.first_step, self.first_tokens = job.progress.step, job.progress.tokens
-        self.first_bytes = job.ledger.sent_bytes
+        self.sent_bytes = 0
+        """In steps: not for checkpoints, evaluation and the like."""
         self.loss: float | None = None
         self.eval_loss: float | None = None
         self.saved_step = job.progress.step
@@ -241,7 +250,7 @@ class Log:
             tokens=progress.tokens - self.first_tokens,
             accumulation=job.plan.accumulation,
             baseline=baseline,
-            sent_bytes=job.ledger.sent_bytes - self.first_bytes,
+            sent_bytes=self.sent_bytes,
             final_loss=self.loss,
             eval_loss=self.eval_loss,
             skipped_steps=progress.skipped,
@@ -256,9 +265,27 @@ class Log:
 # --- what is due between steps, and at the end
 
 
+def _tune(job: Job, log: Log, advanced: Advanced) -> None:
+    """Collective when a trial of another bucket size begins or ends."""
+    tuner, outcome = job.tuner, advanced.outcome
+    assert tuner is not None
+    before = tuner.bucket_mb
+    change = tuner.step(outcome.step_s, max(outcome.waited_s))
+    if change:
+        job.screen.say(f"step {job.progress.step}: {change}")
+        log.write(comm__bucket_mb=change.to_mb, comm__bucket_gain=change.gain)
+    if tuner.bucket_mb != before:
+        assert isinstance(job.sync, Exact)
+        job.sync.rebucket(tuner.bucket_mb)
+    if tuner.done and tuner.changes and job.world.is_main:
+        with suppress(OSError):  # the next run would only tune again
+            tuning.remember(cache_folder() / TUNED, tuner)
+
+
 def _evaluate(job: Job, log: Log) -> bool:
     """Collective: loss on the held-out split; returns whether it is the best so far."""
     config, progress = job.config, job.progress
+    job.sync.settle()
     result = evaluate(
         job.model,
         job.eval_blocks,
@@ -267,6 +294,7 @@ def _evaluate(job: Job, log: Log) -> bool:
         batch_rows=job.plan.micro_batch_size,
         most_rows=config.eval_batches and config.eval_batches * config.global_batch_size,
         stop=job.stop.is_asked,
+        lockstep=job.sync.lockstep,
     )
     if result is None:
         return False
@@ -290,6 +318,7 @@ def _save(job: Job, log: Log) -> None:
     """Collective: commit a checkpoint; a disk that fails costs the checkpoint, not the run."""
     progress = job.progress
     log.sync()
+    weights, optimizer = job.sync.state_dict(), job.sync.optimizer_state()
 
     def write() -> bool:
         state = {"global_step": progress.step, "epoch": job.epoch, **asdict(progress)}
@@ -299,16 +328,17 @@ def _save(job: Job, log: Log) -> None:
             "data": job.data_identity,
             "replicas": job.world.size,
             "micro_batches": job.plan.micro_batches,
+            "layout": job.sync.layout(),
+            "bucket_mb": (job.tuner.kept_mb, job.tuner.done) if job.tuner else None,
             "threads": torch.get_num_threads(),
             "versions": {"unisono": __version__, "torch": torch.__version__},
         }
-        named = job.sync.named_parameters()
         try:
             checkpoint.save(
                 job.run,
                 progress.step,
                 lambda folder: save_state(
-                    folder, job.model, job.tokenizer, job.optimizer, named, state
+                    folder, job.model, job.tokenizer, weights, optimizer, state
                 ),
                 meta,
                 expected_bytes=job.plan.model_bytes,
@@ -319,7 +349,14 @@ def _save(job: Job, log: Log) -> None:
             return False
         return True
 
-    saved = attempt(job.votes, write, job.world.is_main)
+    def gather() -> bool:
+        """Whatever the disk does, every rank takes part in gathering the optimizer's state."""
+        try:
+            return job.world.is_main and write()
+        finally:
+            exhaust(optimizer)
+
+    saved = attempt(job.votes, gather)
     if job.votes.sum(float(bool(saved)))[0]:
         log.saved_step = progress.step
 
@@ -340,22 +377,21 @@ def _stop(job: Job, log: Log) -> None:
     )
 
 
-def _finish(job: Job, receipt: Receipt) -> Receipt:
+def _finish(job: Job, receipt: Receipt, weights: Weights, digest: str) -> Receipt:
     """Rank 0: the model at the root of the run folder, the receipt with the audit, a sample of text."""
-    publish_model(job.run, job.model, job.tokenizer)
+    publish_model(job.run, job.model, job.tokenizer, weights)
     receipt = replace(receipt, samples=_audit(job))
-    facts = {"step": job.progress.step, **receipt.as_json(), "digest": weights_digest(job)}
+    facts = {"step": job.progress.step, **receipt.as_json(), "digest": digest}
     write_json(job.run / RECEIPT, facts)
     if job.config.sample_prompt is not None:
-        from unisono.generate import continue_text
+        from unisono.generate import continue_text, generate
 
-        text = continue_text(
-            job.model,
-            job.tokenizer,
-            job.config.sample_prompt,
-            max_new_tokens=job.config.sample_tokens,
-            seed=job.config.seed,
-        )
+        wanted = {"max_new_tokens": job.config.sample_tokens, "seed": job.config.seed}
+        prompt = job.config.sample_prompt
+        if job.sync.lockstep:  # this rank cannot run the model alone
+            text = generate(str(job.run), prompt, device=job.world.device, **wanted)
+        else:
+            text = continue_text(job.model, job.tokenizer, prompt, **wanted)
         job.screen.say("\nSample", "bold")
         job.screen.say(text + "\n")
     job.screen.show(render(receipt))
@@ -363,14 +399,14 @@ def _finish(job: Job, receipt: Receipt) -> Receipt:
     return receipt
 
 
-def _publish_if_missing(job: Job) -> None:
+def _publish_if_missing(job: Job, weights: Weights) -> None:
     """Rank 0: a former process may have died between its last checkpoint and the model."""
     try:
         published = json.loads((job.run / RECEIPT).read_text())["step"] == job.progress.step
     except (OSError, ValueError, KeyError):
         published = False
     if not published:
-        publish_model(job.run, job.model, job.tokenizer)
+        publish_model(job.run, job.model, job.tokenizer, weights)
         job.screen.say(f"model: {job.run}")
 
 

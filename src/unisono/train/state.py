@@ -1,12 +1,13 @@
 """What a checkpoint holds, and back: weights as Hugging Face saves them, optimizer state by name.
 
-Only safetensors and JSON. Optimizer tensors are keyed `exp_avg.<parameter>`, so that any number of
-replicas and any order of parameters reads them. Nothing else needs saving: the order of samples and
-all randomness are functions of seed and step.
+Only safetensors and JSON. Optimizer tensors are whole and keyed `exp_avg.<parameter>`, so that any
+strategy, any number of replicas and any order of parameters reads them. Nothing else needs saving:
+the order of samples and all randomness are functions of seed and step.
 """
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,60 +18,73 @@ from torch.nn import Parameter
 from unisono.config import Config
 from unisono.errors import CheckpointError
 from unisono.files import fsync_file, fsync_folder
+from unisono.sync import Strategy
+from unisono.sync.update import OptimizerFactory
 from unisono.train.scaling import Hyper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_FILES = "optimizer-*.safetensors"
+FILE_BYTES = 1 << 30
+"""Optimizer state is written as it is gathered, in files of about this size, so that no rank needs
+memory for all of it."""
+
+Weights = dict[str, torch.Tensor]
 
 
-def make_optimizer(
-    named: list[tuple[str, Parameter]], config: Config, hyper: Hyper
-) -> torch.optim.Optimizer:
+def optimizer_factory(config: Config, hyper: Hyper) -> OptimizerFactory:
     """torch's fused optimizer; as in Hugging Face's Trainer, vectors (norms, biases) do not decay."""
-    groups = [
-        {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": hyper.weight_decay},
-        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if config.optim == "sgd":
-        return torch.optim.SGD(groups, lr=hyper.learning_rate, momentum=config.momentum, fused=True)
-    return torch.optim.AdamW(
-        groups,
-        lr=hyper.learning_rate,
-        betas=(hyper.beta1, hyper.beta2),
-        eps=hyper.epsilon,
-        fused=True,
-    )
 
+    def make(matrices: list[Parameter], vectors: list[Parameter]) -> torch.optim.Optimizer:
+        groups = [
+            {"params": matrices, "weight_decay": hyper.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        groups = [g for g in groups if g["params"]]
+        if config.optim == "sgd":
+            return torch.optim.SGD(
+                groups, lr=hyper.learning_rate, momentum=config.momentum, fused=True
+            )
+        return torch.optim.AdamW(
+            groups,
+            lr=hyper.learning_rate,
+            betas=(hyper.beta1, hyper.beta2),
+            eps=hyper.epsilon,
+            fused=True,
+        )
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named: list[tuple[str, Parameter]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(state.parameter, tensor) of every tensor of the optimizer's state, in a fixed order."""
-    for name, p in named:
-        for key, value in sorted(optimizer.state.get(p, {}).items()):
-            if isinstance(value, torch.Tensor):
-                yield f"{key}.{name}", value
+    return make
 
 
 def save_model(
-    folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
+    folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", weights: Weights
 ) -> None:
     """A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=_apart(weights))
     tokenizer.save_pretrained(folder)
 
 
+def _apart(weights: Weights) -> Weights:
+    """Tensors on the CPU with a storage of their own each, shared only by those that are tied."""
+    copies: dict[object, torch.Tensor] = {}
+    result = {}
+    for name, t in weights.items():
+        key = (t.data_ptr(), t.shape) if t.numel() else name
+        if key not in copies:
+            copies[key] = t.detach().to("cpu", copy=True).contiguous()
+        result[name] = copies[key]
+    return result
+
+
 def publish_model(
-    run: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
+    run: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", weights: Weights
 ) -> None:
     """`save_model` at the root of a run folder: each file whole or not at all, config.json last."""
     temporary = run / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    save_model(temporary, model, tokenizer)
+    save_model(temporary, model, tokenizer, weights)
     (run / "config.json").unlink(missing_ok=True)  # without it no half of two models is one
     for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
         if path.is_file():
@@ -85,34 +99,48 @@ def save_state(
     folder: Path,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerFast",
-    optimizer: torch.optim.Optimizer,
-    named: list[tuple[str, Parameter]],
+    weights: Weights,
+    optimizer: Iterator[tuple[str, torch.Tensor]],
     trainer_state: dict[str, object],
 ) -> None:
     """Write weights, tokenizer, optimizer state and `trainer_state.json` into `folder`."""
-    from safetensors.torch import save_file
-
-    save_model(folder, model, tokenizer)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in optimizer_tensors(optimizer, named)}
-    save_file(tensors, folder / OPTIMIZER_FILE)
+    save_model(folder, model, tokenizer, weights)
+    batch: Weights = {}
+    number = 0
+    for key, value in optimizer:
+        batch[key] = value.detach().to("cpu", copy=True).contiguous()
+        if sum(t.numel() * t.element_size() for t in batch.values()) >= FILE_BYTES:
+            _save_optimizer(folder, number, batch)
+            batch, number = {}, number + 1
+    if batch or not number:
+        _save_optimizer(folder, number, batch)
     (folder / "trainer_state.json").write_text(json.dumps(trainer_state, indent=1))
 
 
-def load_optimizer(
-    folder: Path, optimizer: torch.optim.Optimizer, named: list[tuple[str, Parameter]]
-) -> None:
+def _save_optimizer(folder: Path, number: int, tensors: Weights) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / OPTIMIZER_FILES.replace("*", f"{number:05}"))
+
+
+def exhaust(iterator: Iterator[object]) -> None:
+    """Collective with what the iterator does: run it to its end, keeping nothing."""
+    deque(iterator, maxlen=0)
+
+
+def load_optimizer(folder: Path, sync: Strategy) -> None:
     """Put the saved state back. Raises CheckpointError when it belongs to another model."""
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / OPTIMIZER_FILE)
-    by_name = dict(named)
-    for key, value in tensors.items():
-        state, _, name = key.partition(".")
-        p = by_name.get(name)
-        if p is None or (value.dim() and value.shape != p.shape):
-            raise CheckpointError(
-                f"{folder / OPTIMIZER_FILE}: {key} {tuple(value.shape)} has no parameter of that "
-                f"name and shape in this model"
-            )
-        # torch keeps the step count of a fused optimizer on the parameter's device.
-        optimizer.state[p][state] = value.to(p.device)
+    shapes = {name: p.shape for name, p in sync.named_parameters()}
+    tensors: Weights = {}
+    for path in sorted(folder.glob(OPTIMIZER_FILES)):
+        for key, value in load_file(path).items():  # mapped, not read
+            shape = shapes.get(key.partition(".")[2])
+            if shape is None or (value.dim() and value.shape != shape):
+                raise CheckpointError(
+                    f"{path}: {key} {tuple(value.shape)} has no parameter of that name and shape "
+                    f"in this model"
+                )
+            tensors[key] = value
+    sync.load_optimizer_state(tensors)

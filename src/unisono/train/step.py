@@ -11,7 +11,6 @@ from unisono.data.blocks import NO_LABEL, Batch, Blocks
 from unisono.data.order import Order
 from unisono.plan import Plan
 from unisono.sync import Strategy
-from unisono.sync.ddp import DDP
 from unisono.sync.ledger import Group
 from unisono.train.trial import is_out_of_memory
 from unisono.train.vote import FAILED, FINE, OUT_OF_MEMORY, Ballot, Outcome, pack, unpack
@@ -108,17 +107,18 @@ def take_step(
         leaf = votes.rank * plan.accumulation + k
         loss = None
         try:
-            with clock("data"):
-                batch = feed.batch(step, leaf)
+            # Entered even if reading fails: the others may wait for this rank in it.
             with clock("compute"), sync.micro_batch(last=k == plan.accumulation - 1):
+                with clock("data"):
+                    batch = feed.batch(step, leaf)
                 torch.manual_seed(feed.seed_for(step, leaf))
                 loss = loss_sum(batch)
                 loss.backward()
             losses.append(loss.detach())
             ballot.tokens.append(int((batch.labels[:, 1:] != NO_LABEL).sum()))
         except Exception as caught:
-            if isinstance(sync, DDP):
-                raise  # its reducer cannot complete a step that was given up
+            if not sync.can_give_up:
+                raise
             if is_out_of_memory(caught):
                 # Not kept: its traceback holds the activations that have to go.
                 ballot.trouble = OUT_OF_MEMORY

@@ -53,8 +53,10 @@ def find_micro_batch(run: Pass, largest: int, sync: Strategy, group: Group, devi
     """Collective: the micro-batch size with the cheapest row among 1, 2, 4, ... `largest`.
 
     Sizes grow until memory runs out on any rank, the next one would not fit into the host's free
-    memory, or rows get no cheaper. 0 when not even one row fits.
+    memory, or rows get no cheaper. 0 when not even one row fits. Not for a strategy in `lockstep`:
+    a rank whose memory runs out would leave the others waiting.
     """
+    assert not sync.lockstep
     best, best_cost = 0, float("inf")
     for rows in _sizes(largest):
         before = psutil.virtual_memory().available
@@ -98,9 +100,9 @@ def measure_baseline(
 ) -> Baseline | None:
     """Collective: time `repeats` micro-batches of `rows`, first on rank 0 alone, then on all.
 
-    None when `repeats` is 0 or memory ran out.
+    None when `repeats` is 0, memory ran out, or no rank can run alone.
     """
-    if repeats == 0:
+    if repeats == 0 or sync.lockstep:
         return None
 
     def timed() -> float:

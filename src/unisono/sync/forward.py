@@ -1,0 +1,74 @@
+"""Which weights does the forward pass use, and when? Asked of torch itself, function by function.
+
+`Watch` sees every torch function while it is entered and tells its owner before a parameter is used,
+whoever uses it: a module its own, a parent its child's (nn.MultiheadAttention does), or user code.
+Module hooks would miss the last two. Cost: 1 to 3 us for each torch function called from Python.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+
+
+class Owner(Protocol):
+    """Who wants to know."""
+
+    def on_use(self, param: Parameter) -> None:
+        """Before a torch function reads `param`."""
+
+    def on_lookup(
+        self, ids: torch.Tensor, weight: Parameter, padding_idx: int | None
+    ) -> torch.Tensor | None:
+        """Before an embedding lookup; a result replaces it."""
+
+
+class Watch(TorchFunctionMode):
+    """Tells `owner` of each use of a parameter; see above."""
+
+    def __init__(self, owner: Owner) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding:
+            found = _plain_lookup(*args, **kwargs)
+            if found is not None:
+                result = self._owner.on_lookup(*found)
+                if result is not None:
+                    return result
+        for arg in args:
+            if type(arg) is Parameter:
+                self._owner.on_use(arg)
+            elif type(arg) in (tuple, list):
+                self._each(arg)
+        if kwargs:
+            self._each(kwargs.values())
+        return func(*args, **kwargs)
+
+    def _each(self, values: Any) -> None:
+        for value in values:
+            if type(value) is Parameter:
+                self._owner.on_use(value)
+            elif type(value) in (tuple, list):
+                self._each(value)
+
+
+def _plain_lookup(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[torch.Tensor, Parameter, int | None] | None:
+    """The arguments of F.embedding, where it does nothing but look up."""
+    if max_norm is not None or scale_grad_by_freq or sparse or type(weight) is not Parameter:
+        return None
+    return input, weight, padding_idx

@@ -1,0 +1,522 @@
+"""Parameters, gradients and optimizer state each on one rank of a group, for models that do not fit.
+
+PyTorch's FSDP2 (`fully_shard`) decides when to gather and when to reduce. The mesh is `replica x
+shard`: row r holds the ranks r*n ... r*n+n-1, which share one copy of the model; rank i of a row holds
+rows [i*c, (i+1)*c), c = ceil(rows/n), of every parameter. Every repeated block (an element of a
+ModuleList) is one unit of communication, what is left of the model another.
+
+Gradients are sums over all ranks, as the losses are sums over tokens; `update` divides once. The sum
+over a row is taken in the fixed tree of sync/tree.py, the one over replicas is the backend's.
+
+Bytes that a rank sends per step of m micro-batches, for n = shard, r = replica, and the float32
+bytes, filled up to multiples of n rows: B of the blocks, L of the last of them, R of the rest, S of
+what is trained:
+
+    parameters   m (2 B - L + R) (n-1)/n     for the forward pass, and for the backward pass again
+    gradients    S (n-1)/n + 2 (S/n) (r-1)/r
+
+and at most (B + R) (n-1)/n for each evaluated batch. gloo's own reduce-scatter is an all-reduce that sends
+2 S (n-1)/n (measured, torch 2.13), so on CPU ours is an all-to-all and local sums. All of it passes
+the ledger, through FSDP's seam for one's own collectives. On CPU, where FSDP would stand still in
+each, they are under way while it computes: the next block's parameters, the last two blocks' sums.
+
+Memory per rank: weights, gradients and optimizer state S/n each, two whole blocks and what is left
+of the model. With more than one micro-batch the gradients are whole, S, until the last one.
+
+Every rank must run the same blocks in the same order, forward and backward (`lockstep`): FSDP2's
+collectives carry no names. Within a block ranks may use different parameters. Blocks that only some
+ranks run end in an error or in the timeout, never in wrong weights: `finish` compares the orders.
+"""
+
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+from unisono.errors import ConfigError, ReplicaError
+from unisono.sync.digest import fingerprint
+from unisono.sync.ledger import Group, Handle, Ledger
+from unisono.sync.tree import tree_sum
+from unisono.sync.update import (
+    MASTER,
+    OptimizerFactory,
+    Update,
+    by_dimension,
+    clip_factor,
+    global_norm,
+    is_finite,
+    step,
+)
+
+# torch 2.13 renames it; the new name has the same signature.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+UNDER_WAY = 2
+"""Blocks whose sums may be under way at once; each holds its gradients twice."""
+_ORDER = 1 << 20
+
+
+class Sharded:
+    """The strategy of this file. Collective: every rank makes it with the same parameters.
+
+    Shards `model` in place: afterwards its parameters are shards, whole only inside of the forward
+    pass of the module that holds them.
+    """
+
+    lockstep = True
+    can_give_up = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ledger: Ledger,
+        *,
+        optimizer: OptimizerFactory,
+        mesh: Sequence[int] | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self.model = model
+        self._root: Any = model
+        self.ledger = ledger
+        named = list(model.named_parameters())
+        _check(named)
+        self._control = Group("control", ledger, timeout_s)
+        axes = _mesh(mesh, self._control.size)
+        device = named[0][1].device.type
+        ranks = init_device_mesh(device, axes, mesh_dim_names=("replica", "shard"))
+        self._replica = _Axis("replica", ledger, ranks.get_group("replica"))
+        self._shard = _Axis("shard", ledger, ranks.get_group("shard"))
+        self._sums = _Sums(self._shard, self._replica, at_once=device != "cpu")
+        self._order = 0
+        self._used: set[str] = set()
+
+        units: list[Any] = [*find_blocks(model), self._root]
+        homes = {name: _home(model, name) for name, _ in named}
+        members = _members(units, named)
+        for i, unit in enumerate(units):
+            # What the backward pass begins with stays whole: the last block, and by default the root.
+            again = i < len(units) - 2 if unit is not model else None
+            policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+            fully_shard(unit, mesh=ranks["shard"], mp_policy=policy, reshard_after_forward=again)
+            self._connect(unit, i)
+        for before, following in zip([units[-1], *units], units[:-1]):
+            before.set_modules_to_forward_prefetch([following])
+        units[-1].set_reduce_scatter_unused_params(True)
+
+        self._began = False
+        model.register_forward_pre_hook(self._begin)
+        self._whole: dict[str, Parameter] = {}
+        for unit, names in zip(units, members):
+            unit.unshard()
+            for name in names:
+                self._watch(name, getattr(*homes[name]))
+            unit.reshard()
+        self._named = [(name, getattr(*homes[name])) for name, p in named if p.requires_grad]
+        # A sharded tensor's own arithmetic costs a dispatch for each; the optimizer needs none of it.
+        self._local = {name: Parameter(p.to_local().detach()) for name, p in self._named}
+        matrices, vectors = by_dimension([p for _, p in self._named])
+        local = {id(p): self._local[name] for name, p in self._named}
+        self._optimizer = optimizer(
+            [local[id(p)] for p in matrices], [local[id(p)] for p in vectors]
+        )
+
+    def _connect(self, unit: Any, index: int) -> None:
+        def came(kind: int) -> None:
+            # Tells an order from another one, which a sum of indices does not.
+            self._order = (self._order * 31 + 2 * index + kind + 1) % _ORDER
+
+        unit.set_custom_all_gather(_Gather(self._shard, self._sums.at_once, came))
+        unit.set_custom_reduce_scatter(sums := _Scatter(self._sums, came))
+        if self._replica.size > 1:
+            unit.set_all_reduce_hook(sums.over_replicas)
+        # Else it averages over ranks, which is not what `update` divides.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+    def _begin(self, *_: Any) -> None:
+        self._began = True  # before, FSDP has nothing to reset and fails at it
+
+    def _watch(self, name: str, whole: Parameter) -> None:
+        """FSDP fills in zeros where this rank has no gradient; the optimizer must know better."""
+        if whole.requires_grad:
+            self._whole[name] = whole
+            whole.register_post_accumulate_grad_hook(lambda _: self._used.add(name))
+
+    @contextmanager
+    def micro_batch(self, last: bool = True) -> Iterator[None]:
+        """Around the forward and backward pass of a micro-batch; gradients leave in the `last`."""
+        self._root.set_requires_gradient_sync(last)
+        yield
+
+    @torch.no_grad()
+    def finish(self, *values: float) -> list[float]:
+        """Collective: complete the gradients; returns the sum over ranks of each of `values`."""
+        with self.ledger.clock("communication"):
+            self._sums.complete()
+            used = [float(name in self._used) for name, _ in self._named]
+            order = float(self._order)
+            totals = self._control.sum(*values, order, order * order, *used)
+        self._used.clear()
+        self._order = 0
+        self._sums.reduced.clear()
+        first, second = totals[len(values) : len(values) + 2]
+        if int(second) * self._control.size != int(first) ** 2:
+            raise ReplicaError(
+                "sharded: ranks ran the model's blocks in different orders, so parameters were "
+                "mixed up; a model that skips blocks at random needs sync: exact"
+            ).on_every_rank()
+        for (_, p), ranks in zip(self._named, totals[len(values) + 2 :]):
+            if not ranks:
+                p.grad = None
+        return totals[: len(values)]
+
+    @torch.no_grad()
+    def update(self, *, divide_by: float, max_norm: float, learning_rate: float) -> Update:
+        """Collective: clip the global norm, step the optimizer on the shard, drop gradients.
+
+        Every rank computes the norm from the same numbers in the same order.
+        """
+        for name, p in self._named:
+            self._local[name].grad = None if p.grad is None else p.grad.to_local()
+        grads = [p.grad for p in self._local.values() if p.grad is not None]
+        mine = global_norm(grads)
+        with self.ledger.clock("communication"):
+            squares = self._control.each(mine * mine)[: self._shard.size, 0]
+        norm = math.sqrt(sum(squares.tolist())) / divide_by
+        committed = is_finite(norm)
+        if committed:
+            torch._foreach_mul_(grads, clip_factor(norm, divide_by, max_norm))
+            step(self._optimizer, learning_rate)
+        self.discard()
+        return Update(norm, committed)
+
+    def settle(self) -> None:
+        """Nothing is under way and every parameter is a shard. `state_dict` gives whole ones."""
+        self._sums.complete()
+        if self._began:
+            self._root.reset_iter_state()
+
+    def discard(self) -> None:
+        """Forget the gradients of this step without communicating. Every rank must agree on it."""
+        self._sums.complete()
+        self._sums.reduced.clear()
+        self._used.clear()
+        for p in [*self._whole.values(), *self._local.values(), *(p for _, p in self._named)]:
+            p.grad = None
+
+    def named_parameters(self) -> list[tuple[str, Parameter]]:
+        """Those that are trained, each once, in the model's order; their values are shards."""
+        return self._named
+
+    def local_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The gradients that this rank has accumulated itself, under micro_batch(last=False)."""
+        for name, _ in self._named:
+            gradient = self._whole[name].grad
+            if gradient is not None:
+                yield name, gradient
+
+    def blame(self) -> tuple[int, str] | None:
+        """(rank, parameter) of a non-finite contribution, where the strategy still knows it."""
+        return None
+
+    def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Collective: fingerprints of weights and optimizer state of this rank's row of the mesh.
+
+        A single row has no equal.
+        """
+        if self._replica.size == 1:
+            return
+        shards = [*self._local.items(), *self._states()]
+        mine = torch.stack([fingerprint(t) for _, t in shards])
+        row = mine.new_empty(self._shard.size, *mine.shape)
+        self._shard.all_gather(row, mine).wait()
+        for i, (name, _) in enumerate(shards):
+            yield name, row[:, i]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Collective: whole parameters on rank 0's CPU, tied ones as one, and the buffers."""
+        self.settle()
+        state: dict[str, torch.Tensor] = {}
+        seen: dict[int, torch.Tensor] = {}
+        for key, value in self.model.state_dict(keep_vars=True).items():
+            if not isinstance(value, DTensor):
+                state[key] = value
+                continue
+            if id(value) not in seen:
+                whole = self._gather(value.to_local().detach(), value.shape)
+                seen[id(value)] = whole.cpu() if self._control.rank == 0 else whole[:0]
+            if self._control.rank == 0:
+                state[key] = seen[id(value)]
+        return state
+
+    def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Collective: (state.parameter, whole tensor), one after another; to be exhausted."""
+        shapes = {name: p.shape for name, p in self._named}
+        for key, value in self._states():
+            name = key.partition(".")[2]
+            split = value.shape == self._local[name].shape
+            yield key, self._gather(value, shapes[name]) if split else value
+
+    def _states(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, p in self._local.items():
+            for key, value in sorted(self._optimizer.state.get(p, {}).items()):
+                if isinstance(value, torch.Tensor):
+                    yield f"{key}.{name}", value
+
+    @torch.no_grad()
+    def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `optimizer_state` of any strategy gave. Each rank takes its own part."""
+        self.settle()
+        shapes = {name: p.shape for name, p in self._named}
+        for key, value in tensors.items():
+            state, _, name = key.partition(".")
+            p = self._local[name]
+            if value.shape == shapes[name]:
+                value = value[self._rows(len(value))]
+            if state == MASTER:
+                p.copy_(value)
+            else:
+                # torch keeps the step count of a fused optimizer on the parameter's device.
+                self._optimizer.state[p][state] = value.to(p.device, copy=True)
+
+    def _rows(self, rows: int) -> slice:
+        """Which of a tensor's rows this rank holds: torch.chunk's, as FSDP deals them out."""
+        chunk = math.ceil(rows / self._shard.size)
+        return slice(min(rows, self._shard.rank * chunk), min(rows, (self._shard.rank + 1) * chunk))
+
+    def _gather(self, mine: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        chunk = math.ceil(shape[0] / self._shard.size)
+        filled = mine.new_zeros(chunk, *shape[1:])
+        filled[: len(mine)] = mine
+        whole = mine.new_empty(chunk * self._shard.size, *shape[1:])
+        self._shard.all_gather(whole, filled).wait()
+        return whole[: shape[0]]
+
+    def layout(self) -> dict[str, Any]:
+        """Nothing is learned."""
+        return {}
+
+    def close(self) -> None:
+        """The model stays sharded."""
+        self.settle()
+        self._control.close()
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks: elements of the outermost ModuleLists, in the model's order.
+
+    What is no block belongs to the root: single layers, whose output is often a view, which FSDP
+    cannot follow through in-place operations; and what shares a parameter with the rest of the
+    model. Containers are looked into.
+    """
+
+    def outermost(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            called = type(child).forward is not nn.Module.forward
+            if isinstance(module, nn.ModuleList) and called and any(child.children()):
+                yield child
+            else:
+                yield from outermost(child)
+
+    def homes(module: nn.Module) -> Counter[int]:
+        return Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
+
+    everywhere = homes(model)
+    blocks = {id(block): block for block in outermost(model)}.values()
+    return [b for b in blocks if (own := homes(b)) and all(own[p] == everywhere[p] for p in own)]
+
+
+def _members(units: list[Any], named: list[tuple[str, Parameter]]) -> list[list[str]]:
+    """Which parameters each unit holds: the last one, the root, those that no block does."""
+    left = {id(p): name for name, p in named}
+    return [[left.pop(id(p)) for p in unit.parameters() if id(p) in left] for unit in units]
+
+
+def _home(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _check(named: list[tuple[str, Parameter]]) -> None:
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigError(
+            f"sync: 'sharded' needs torch 2.13, found {torch.__version__}, where ranks that use "
+            f"different parameters wait for each other for ever; write sync: exact"
+        ).on_every_rank()
+    for name, p in named:
+        if p.requires_grad and p.dtype != torch.float32:
+            raise ConfigError(
+                f"sync: 'sharded' trains float32 parameters, found {p.dtype} in {name}"
+            ).on_every_rank()
+
+
+def _mesh(mesh: Sequence[int] | None, size: int) -> tuple[int, int]:
+    replica, shard = mesh or (1, size)
+    if replica * shard != size:
+        raise ConfigError(
+            f"mesh: found {replica} x {shard} (replica x shard), which is not the number of "
+            f"replicas, {size}"
+        ).on_every_rank()
+    return replica, shard
+
+
+class _Axis(Group):
+    """The ranks along one axis of the mesh; the mesh owns their process group."""
+
+    def __init__(self, name: str, ledger: Ledger, group: Any) -> None:
+        self.name, self.ledger = name, ledger
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self._sequence = 0
+        self._group = group
+
+    def reduce_scatter(self, output: torch.Tensor, sent: torch.Tensor) -> Handle:
+        """Collective: `output` becomes this rank's chunk of the sum of `sent` over ranks."""
+        return self._issue(
+            "reduce-scatter",
+            sent.nbytes * (self.size - 1) // self.size,
+            lambda: _reduce_scatter(output, sent, group=self._group, async_op=True),
+        )
+
+
+@dataclass(slots=True)
+class _Sum:
+    output: torch.Tensor
+    handle: Handle
+    received: torch.Tensor | None
+    """Every rank's contribution, if `output` is still to be made of them."""
+
+
+class _Sums:
+    """Gradient sums that are under way while the backward pass goes on."""
+
+    def __init__(self, shard: _Axis, replica: _Axis, at_once: bool) -> None:
+        self.shard, self.replica = shard, replica
+        self.at_once = at_once
+        """A GPU's streams overlap by themselves; there only the stream waits."""
+        self.reduced: set[int] = set()
+        """Units that have reduced in this step: FSDP adds what comes now to what came then."""
+        self._under_way: deque[_Sum] = deque()
+        self._over_replicas: list[Handle] = []
+
+    def scatter(self, output: torch.Tensor, sent: torch.Tensor, unit: int) -> None:
+        self._wait_for(unit)
+        if self.at_once:
+            self.shard.reduce_scatter(output, sent).wait()
+            return
+        received = torch.empty_like(sent)
+        handle = self.shard.all_to_all(received, sent)
+        self._add(_Sum(output, handle, received), unit)
+
+    def over_replicas(self, output: torch.Tensor, unit: int) -> None:
+        if self.shard.size > 1 and not self.at_once:
+            return  # as soon as the sum over the row is there
+        if self.shard.size == 1:
+            self._wait_for(unit)
+        handle = self.replica.all_reduce(output)
+        if self.at_once:
+            handle.wait()
+        else:
+            self._add(_Sum(output, handle, None), unit)
+
+    def _wait_for(self, unit: int) -> None:
+        if unit in self.reduced:
+            self.complete()
+
+    def _add(self, new: _Sum, unit: int) -> None:
+        self._under_way.append(new)
+        if unit in self.reduced:
+            self.complete()
+        self.reduced.add(unit)
+        while len(self._under_way) > UNDER_WAY:
+            self._land()
+
+    def _land(self) -> None:
+        oldest = self._under_way.popleft()
+        oldest.handle.wait()
+        if oldest.received is None:
+            return
+        oldest.output.copy_(tree_sum(list(oldest.received.view(self.shard.size, -1))))
+        if self.replica.size > 1:
+            self._over_replicas.append(self.replica.all_reduce(oldest.output))
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        while self._under_way:
+            self._land()
+        for handle in self._over_replicas:
+            handle.wait()
+        self._over_replicas.clear()
+
+
+class _Allocated:
+    """What FSDP asks of a collective of one's own, besides the call."""
+
+    def allocate(
+        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gather(_Allocated):
+    """A unit's parameters from the ranks of its row."""
+
+    def __init__(self, shard: _Axis, at_once: bool, came: Callable[[int], None]) -> None:
+        self._shard, self._at_once, self._came = shard, at_once, came
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        self._came(0)
+        handle = self._shard.all_gather(output_tensor, input_tensor)
+        if not self._at_once:
+            return _Arrival(handle)
+        handle.wait()
+        return None
+
+
+class _Arrival(dist.Work):
+    """A handle as FSDP waits for it: where the parameters are needed."""
+
+    def __init__(self, handle: Handle) -> None:
+        super().__init__()
+        self._handle = handle
+
+    def wait(self, timeout: Any = None) -> bool:
+        self._handle.wait()
+        return True
+
+
+class _Scatter(_Allocated):
+    """A unit's gradient sums, each rank's rows to it."""
+
+    def __init__(self, sums: _Sums, came: Callable[[int], None]) -> None:
+        self._sums, self._came = sums, came
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: Any,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        self._came(1)
+        self._sums.scatter(output_tensor, input_tensor, id(self))
+
+    def over_replicas(self, output: torch.Tensor) -> None:
+        self._came(1)
+        self._sums.over_replicas(output, id(self))
