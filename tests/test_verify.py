@@ -99,16 +99,16 @@ def test_a_last_step_that_is_small_is_compared_right(
 
 
 def nothing_summed(world) -> None:
-    from unisono.sync import exact, zero
+    from unisono.sync import exact, shard
 
-    exact.tree_sum = zero.tree_sum = lambda pieces: pieces[0]
+    exact.tree_sum = shard.tree_sum = lambda pieces: pieces[0]
 
 
 def one_rank_dropped(world) -> None:
-    from unisono.sync import exact, zero
+    from unisono.sync import exact, shard
 
     original = exact.tree_sum
-    exact.tree_sum = zero.tree_sum = lambda pieces: original(pieces[:-1] or pieces)
+    exact.tree_sum = shard.tree_sum = lambda pieces: original(pieces[:-1] or pieces)
 
 
 def nothing_received(world) -> None:
@@ -121,14 +121,14 @@ def nothing_received(world) -> None:
             return Handle(None, None, self.ledger)
         return original(self, tensor)
 
-    def exchange(self, received, sent):
+    def rows_of_nothing(self, received, *args):
         if self.name == "scatter":
             received.zero_()
             return Handle(None, None, self.ledger)
-        return exchange_(self, received, sent)
+        return rows(self, received, *args)
 
-    exchange_ = Group.exchange
-    Group.all_reduce, Group.exchange = of_nothing, exchange
+    rows = Group.all_to_all_rows
+    Group.all_reduce, Group.all_to_all_rows = of_nothing, rows_of_nothing
 
 
 def old_weights_return(world) -> None:
@@ -146,10 +146,10 @@ def old_weights_return(world) -> None:
 
 
 def mean_of_ranks(world) -> None:
-    from unisono.sync import exact, zero
+    from unisono.sync import exact, shard
 
     original = exact.tree_sum
-    exact.tree_sum = zero.tree_sum = lambda pieces: original(pieces).div_(len(pieces))
+    exact.tree_sum = shard.tree_sum = lambda pieces: original(pieces).div_(len(pieces))
 
 
 def every_rank_the_same_samples(world) -> None:

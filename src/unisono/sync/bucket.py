@@ -17,19 +17,15 @@ ALIGN = 64
 """Bytes. Every gradient starts at a multiple, so that kernels treat it alike wherever it lies."""
 
 
-class Bucket:
-    """One bucket's gradients, and how far they have come in this step."""
+class Layout:
+    """Where the parameters of a bucket lie. Holds no memory."""
 
     def __init__(
-        self,
-        params: Sequence[tuple[int, Parameter]],
-        replicas: int,
-        *,
-        leaves: int | None = None,
-        row_of: int = 1,
+        self, params: Sequence[tuple[int, Parameter]], replicas: int, row_of: int = 1
     ) -> None:
-        """`params`: (index in the model's order, parameter). Rank's rows hold multiples of `row_of`."""
+        """`params`: (index in the model's order, parameter). Rows hold multiples of `row_of`."""
         first = params[0][1]
+        self.dtype, self.device, self.replicas = first.dtype, first.device, replicas
         step = ALIGN // first.element_size()
         self.indices = [i for i, _ in params]
         self.shapes = [p.shape for _, p in params]
@@ -38,15 +34,9 @@ class Bucket:
         for _, p in params:
             self.offsets.append(end)
             end += -(-p.numel() // step) * step
-        unit = replicas * math.lcm(step, row_of)
-        self.flat = torch.zeros(-(-end // unit) * unit, dtype=first.dtype, device=first.device)
-        self.rows = self.flat.view(replicas, -1)
-        self.views = self.cut(self.flat)
-        self.tree = TreeSum(leaves) if leaves else None
-        self.received: torch.Tensor | None = None
-        self.norm = self.flat.new_zeros((), dtype=torch.float32)
-        """Of this rank's row, once it is summed."""
-        self.reset()
+        unit = math.lcm(step, row_of)
+        self.row_length = -(-end // (replicas * unit)) * unit
+        self.size = replicas * self.row_length
 
     def cut(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Each parameter's part of a tensor that is laid out as this bucket."""
@@ -60,17 +50,35 @@ class Bucket:
 
         begin = end where there are none.
         """
-        low, size = row * self.rows.shape[1], self.rows.shape[1]
+        low = row * self.row_length
         result = []
         for offset, shape in zip(self.offsets, self.shapes, strict=True):
             begin = min(max(low - offset, 0), shape.numel())
-            end = min(max(low + size - offset, 0), shape.numel())
+            end = min(max(low + self.row_length - offset, 0), shape.numel())
             result.append((offset + begin - low if begin < end else 0, begin, end))
         return result
 
-    @property
-    def nbytes(self) -> int:
-        return self.flat.numel() * self.flat.element_size()
+    def index_at(self, position: int) -> int | None:
+        """Index of the parameter that element `position` of the bucket belongs to, if one does."""
+        for i, offset, shape in zip(self.indices, self.offsets, self.shapes, strict=True):
+            if offset <= position < offset + shape.numel():
+                return i
+        return None
+
+
+class Bucket(Layout):
+    """A bucket's gradients, and how far they have come in this step."""
+
+    def __init__(
+        self, params: Sequence[tuple[int, Parameter]], replicas: int, leaves: int | None = None
+    ) -> None:
+        super().__init__(params, replicas)
+        self.flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        self.views = self.cut(self.flat)
+        # Zeros, so that `blame` finds nothing in what has not been received yet.
+        self.received = torch.zeros_like(self.flat).view(replicas, -1) if replicas > 2 else None
+        self.tree = TreeSum(leaves) if leaves else None
+        self.reset()
 
     def reset(self) -> None:
         self.missing = set(self.indices)
@@ -79,8 +87,6 @@ class Bucket:
         """Parameters that the communicating backward pass has yet to reach."""
         self.scatter: Handle | None = None
         self.gather: Handle | None = None
-        self.reduced = False
-        """What is received is the sum already (NCCL's own reduce-scatter)."""
 
     def fill_missing(self) -> None:
         for i, view in zip(self.indices, self.views, strict=True):

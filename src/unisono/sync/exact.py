@@ -21,7 +21,7 @@ Failure: a lost peer or a timeout raises ReplicaError. A step may be given up at
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -73,7 +73,8 @@ class Exact(Whole):
         self._last = True
         # Alone, without a tree, gradients are complete where autograd leaves them.
         self._alone = self.replicas == 1 and not leaves
-        self._set_buckets([])
+        self._buckets: list[Bucket] = []
+        self._num_sent = self._num_gathered = 0
         if not self._alone:
             self._lay_out(range(len(self.params) - 1, -1, -1))
         hook = self._on_gradient_alone if self._alone else self._on_gradient
@@ -153,7 +154,8 @@ class Exact(Whole):
                 bad = (~torch.isfinite(row)).nonzero()
                 if len(bad):
                     start = self._control.rank * len(row)
-                    return rank, self._name_at(bucket, start + int(bad[0]))
+                    i = bucket.index_at(start + int(bad[0]))
+                    return rank, "padding" if i is None else self.names[i]
         return None
 
     def close(self) -> None:
@@ -171,7 +173,7 @@ class Exact(Whole):
         with self.ledger.clock("communication"):
             bucket, view = self._places[i]
             if bucket.scatter is not None:
-                self._refuse_second(i)
+                refuse_second(self.names[i])
             if param.grad is not view:
                 assert param.grad is not None
                 view.copy_(param.grad.to_dense())
@@ -191,15 +193,8 @@ class Exact(Whole):
     def _on_gradient_alone(self, i: int, param: Parameter) -> None:
         """What several replicas could not do is refused for one too."""
         if self._reached[i]:
-            self._refuse_second(i)
+            refuse_second(self.names[i])
         self._reached[i] = self._last
-
-    def _refuse_second(self, i: int) -> None:
-        raise UnisonoError(
-            f"{self.names[i]} received a gradient after its bucket was sent: several backward "
-            f"passes in one step need `with sync.micro_batch(last=False)` around all but the last, "
-            f"and gradient checkpointing needs use_reentrant=False"
-        )
 
     @property
     def _next_bucket(self) -> Bucket:
@@ -225,8 +220,7 @@ class Exact(Whole):
             # One replica: nothing is sent. Two: the sum has one order, whoever computes it.
             bucket.scatter = bucket.gather = self._scatters.all_reduce(bucket.flat)
         else:
-            if bucket.received is None:
-                bucket.received = torch.empty_like(bucket.rows)
+            assert bucket.received is not None
             bucket.scatter = self._scatters.all_to_all(bucket.received.view(-1), bucket.flat)
         self._num_sent += 1
 
@@ -284,19 +278,18 @@ class Exact(Whole):
     def _lay_out(self, order: Iterable[int]) -> None:
         """Fill buckets in `order`, each of one dtype and device and about `bucket_bytes`."""
         groups = group_by_size(order, self.params, self.bucket_bytes, self.bucket_bytes)
-        self._set_buckets([Bucket(g, self.replicas, leaves=self.leaves) for g in groups])
-
-    def _set_buckets(self, buckets: list[Bucket]) -> None:
-        self._buckets = buckets
-        places = {i: (b, v) for b in buckets for i, v in zip(b.indices, b.views, strict=True)}
-        self._places = [places[i] for i in range(len(self.params)) if places]
-        on_gpu = self.replicas > 1 and any(b.flat.is_cuda for b in buckets)
+        self._buckets = [Bucket(g, self.replicas, self.leaves) for g in groups]
+        places = {i: (b, v) for b in self._buckets for i, v in zip(b.indices, b.views, strict=True)}
+        self._places = [places[i] for i in range(len(self.params))]
+        on_gpu = self.replicas > 1 and any(b.flat.is_cuda for b in self._buckets)
         self._stream = torch.cuda.Stream() if on_gpu else None
         self._num_sent = self._num_gathered = 0
 
-    def _name_at(self, bucket: Bucket, position: int) -> str:
-        for i, view in zip(bucket.indices, bucket.views, strict=True):
-            start = int(view.storage_offset())
-            if start <= position < start + view.numel():
-                return self.names[i]
-        return "padding"
+
+def refuse_second(name: str) -> NoReturn:
+    """A gradient came after the one that was complete."""
+    raise UnisonoError(
+        f"{name} received a gradient after its bucket was sent: several backward passes in one "
+        f"step need `with sync.micro_batch(last=False)` around all but the last, and gradient "
+        f"checkpointing needs use_reentrant=False"
+    )

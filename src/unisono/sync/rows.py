@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from unisono.sync.bucket import Bucket
 from unisono.sync.ledger import Group
+from unisono.sync.shard import Shard
 
 
 @dataclass
@@ -33,28 +33,24 @@ class Lookup:
 
 @dataclass
 class Table:
-    """An embedding of a bucket of its own, whose rank rows hold whole rows of the table."""
+    """An embedding with a bucket of its own, in which each rank owns whole rows of the table.
 
-    index: int
-    bucket: Bucket
-    weights: torch.Tensor
-    """The bucket's weights, [replicas, rows_per_rank * d]."""
+    Gradients of rows are rounded to the wire's type, rows of weights travel as they are.
+    """
+
+    shard: Shard
     group: Group
-    wire: torch.dtype
-    """What gradients are rounded to on the way. Weights travel as they are."""
-    dense: bool
-    """Whether there is a use besides lookups."""
     stale: bool = False
     """This replica's copies of the others' rows have not been asked for since the last update."""
     lookups: list[Lookup] = field(default_factory=list)
 
     @property
     def dim(self) -> int:
-        return int(self.bucket.shapes[0][1])
+        return int(self.shard.layout.shapes[0][1])
 
     @property
     def rows_per_rank(self) -> int:
-        return self.bucket.rows.shape[1] // self.dim
+        return self.shard.layout.row_length // self.dim
 
     def look_up(
         self, ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None
@@ -79,8 +75,7 @@ class Table:
         """Collective: current rows `ids` (ascending, each once) from the ranks that own them."""
         self.stale = False
         counts, asked, asked_counts = self._ask(ids)
-        mine = self.weights[self.group.rank].view(-1, self.dim)
-        served = mine[asked - self.group.rank * self.rows_per_rank]
+        served = self.shard.row.view(-1, self.dim)[asked - self.group.rank * self.rows_per_rank]
         rows = served.new_empty(len(ids), self.dim)
         self.group.all_to_all_rows(rows, served, counts, asked_counts).wait()
         return rows
@@ -107,24 +102,31 @@ class Table:
         """
         ids, gradients = self._own_gradients()
         outgoing, asked, incoming = self._ask(ids)
-        received = gradients.new_empty(len(asked), self.dim, dtype=self.wire)
-        self.group.all_to_all_rows(received, gradients.to(self.wire), incoming, outgoing).wait()
+        wire = self.shard.wire
+        received = gradients.new_empty(len(asked), self.dim, dtype=wire)
+        self.group.all_to_all_rows(received, gradients.to(wire), incoming, outgoing).wait()
         self.lookups.clear()
         return asked, received, incoming
 
     @torch.no_grad()
     def add(self, asked: torch.Tensor, received: torch.Tensor, counts: list[int]) -> None:
-        """Add what `send_gradients` returned to this rank's row of the bucket, in rank order."""
-        mine = self.bucket.rows[self.group.rank].view(-1, self.dim)
+        """Add what `send_gradients` returned to this rank's sum, in rank order."""
+        assert self.shard.total is not None
+        mine = self.shard.total.view(-1, self.dim)
         at = asked - self.group.rank * self.rows_per_rank
         for rows, gradients in zip(at.split(counts), received.split(counts), strict=True):
             mine.index_add_(0, rows, gradients.to(mine.dtype))  # each row once: any order is one
+
+    @property
+    def used(self) -> bool:
+        """Whether this rank has gradients to send."""
+        return any(x.rows.grad is not None for x in self.lookups)
 
     def _own_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
         found = [(x.ids, x.rows.grad) for x in self.lookups if x.rows.grad is not None]
         if len(found) == 1:
             return found[0]
-        like = self.weights
+        like = self.shard.row
         if not found:
             return torch.empty(0, dtype=torch.int64), like.new_empty(0, self.dim)
         ids, inverse = torch.unique(torch.cat([i for i, _ in found]), return_inverse=True)

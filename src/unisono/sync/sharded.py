@@ -409,7 +409,6 @@ class _Sums:
         self._over_replicas: list[Handle] = []
 
     def scatter(self, output: torch.Tensor, sent: torch.Tensor, unit: int) -> None:
-        self._wait_for(unit)
         if self.at_once:
             self.shard.reduce_scatter(output, sent).wait()
             return
@@ -420,17 +419,11 @@ class _Sums:
     def over_replicas(self, output: torch.Tensor, unit: int) -> None:
         if self.shard.size > 1 and not self.at_once:
             return  # as soon as the sum over the row is there
-        if self.shard.size == 1:
-            self._wait_for(unit)
         handle = self.replica.all_reduce(output)
         if self.at_once:
             handle.wait()
         else:
             self._add(_Sum(output, handle, None), unit)
-
-    def _wait_for(self, unit: int) -> None:
-        if unit in self.reduced:
-            self.complete()
 
     def _add(self, new: _Sum, unit: int) -> None:
         self._under_way.append(new)

@@ -29,6 +29,7 @@ from unisono.observe.screen import Screen, StepLine
 from unisono.sync.digest import check_replicas
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.zero import Zero
 from unisono.train import checkpoint, tuning
 from unisono.train.advance import Advanced, advance
 from unisono.train.evaluation import evaluate
@@ -275,7 +276,7 @@ def _tune(job: Job, log: Log, advanced: Advanced) -> None:
         job.screen.say(f"step {job.progress.step}: {change}")
         log.write(comm__bucket_mb=change.to_mb, comm__bucket_gain=change.gain)
     if tuner.bucket_mb != before:
-        assert isinstance(job.sync, Exact)
+        assert isinstance(job.sync, Exact | Zero)
         job.sync.rebucket(tuner.bucket_mb)
     if tuner.done and tuner.changes and job.world.is_main:
         with suppress(OSError):  # the next run would only tune again

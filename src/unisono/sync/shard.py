@@ -1,0 +1,235 @@
+"""One bucket of sync/zero.py on one rank: gradients out, their sum in, the optimizer, weights back.
+
+Weights are whole, a flat matrix of one row for each rank; the model's parameters are views of it.
+Of the gradients there is only what travels: the other ranks' parts leave as soon as autograd has
+them, this rank's own part stays where autograd put it and is added to what arrives.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import Parameter
+
+from unisono.sync.bucket import Layout
+from unisono.sync.ledger import Group, Handle
+from unisono.sync.tree import HALF, tree_sum
+from unisono.sync.update import OptimizerFactory, step
+
+
+class Shard:
+    """This rank's view of a bucket. `layout` says where what lies, `wire` what travels."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        params: Sequence[Parameter],
+        rank: int,
+        factory: OptimizerFactory,
+        wire: torch.dtype,
+    ) -> None:
+        self.layout, self.wire, self.rank = layout, wire, rank
+        flat = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
+        for p, view in zip(params, layout.cut(flat), strict=True):
+            view.copy_(p.detach())
+            p.data = view
+        self.weights = flat.view(layout.replicas, layout.row_length)
+        self.row = self.weights[rank]
+        self.master = self.row if wire == layout.dtype else self.row.clone()
+        """What the optimizer steps: the row itself, or a copy that no wire has rounded."""
+        self.spans = layout.pieces(rank)
+        self.pieces = [Parameter(self.master[at : at + e - b]) for at, b, e in self.spans]
+        dims = [len(shape) for shape in layout.shapes]
+        self.optimizer = factory(
+            [x for x, d in zip(self.pieces, dims, strict=True) if d >= 2],
+            [x for x, d in zip(self.pieces, dims, strict=True) if d < 2],
+        )
+        # NCCL's own reduce-scatter adds in its own order, on all ranks' rows.
+        self._native = flat.is_cuda and wire == layout.dtype and wire not in HALF
+        rows = [r for r in range(layout.replicas) if r != rank or self._native]
+        pieces = [layout.pieces(r) for r in rows]
+        self._parts = [
+            [(slot, *piece[k]) for slot, piece in enumerate(pieces) if piece[k][1] < piece[k][2]]
+            for k in range(len(layout.indices))
+        ]
+        self._gaps = [(slot, a, b) for slot, piece in enumerate(pieces) for a, b in self._gaps_of(piece)]  # fmt: skip
+        self.sends_gradients = True
+        self.gather: Handle | None = None
+        self._changes: torch.Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Before a step."""
+        self.missing = set(range(len(self.layout.indices)))
+        """Places of the parameters that have no gradient on this rank yet."""
+        self.pending = len(self.layout.indices) if self.sends_gradients else 0
+        """Parameters that the communicating backward pass has yet to reach."""
+        self.sent = False
+        self.scatter: Handle | None = None
+        self._outgoing: torch.Tensor | None = None
+        self._received: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
+        """[row_length], the sum over ranks of this rank's part, once it is there."""
+        self.norm = torch.zeros((), device=self.layout.device)
+        """Of `total`."""
+
+    # --- gradients
+
+    def pack(self, place: int, gradient: torch.Tensor) -> None:
+        """Put the other ranks' parts of a complete gradient where they leave from."""
+        if self._outgoing is None:
+            self._outgoing = self._empty()
+        flat = gradient.reshape(-1)
+        for slot, at, begin, end in self._parts[place]:
+            self._outgoing[slot, at : at + end - begin].copy_(flat[begin:end])
+        self.missing.discard(place)
+
+    def send(self, group: Group) -> None:
+        """Collective: start the way of all packed gradients; those that are missing are zeros."""
+        self.sent = True
+        if not self.sends_gradients:
+            return
+        if self._outgoing is None:
+            self._outgoing = self._empty()
+        for place in self.missing:
+            for slot, at, begin, end in self._parts[place]:
+                self._outgoing[slot, at : at + end - begin].zero_()
+        if self._native:
+            self._received = torch.empty_like(self._outgoing[:1])
+            self.scatter = group.reduce_scatter(self._received, self._outgoing)
+            return
+        self._received = torch.empty_like(self._outgoing)
+        lengths = [0 if r == self.rank else self.layout.row_length for r in range(group.size)]
+        self.scatter = group.all_to_all_rows(
+            self._received.view(-1), self._outgoing.view(-1), lengths, lengths
+        )
+
+    def arrived(self) -> bool:
+        return self.scatter is None or self.scatter.done()
+
+    def add_up(self, gradients: Sequence[torch.Tensor | None]) -> int | None:
+        """Wait, and add this rank's part of its own `gradients` in the order of the fixed tree.
+
+        Returns the rank whose contribution is not finite, where the sum is not and it is known.
+        """
+        if self.scatter is not None:
+            self.scatter.wait()
+        received, self._received, self._outgoing = self._received, None, None
+        if received is None:
+            self.total = torch.zeros(self.layout.row_length, dtype=self.layout.dtype)
+        elif self._native:
+            self.total = received[0]
+        elif self.layout.replicas == 2:
+            self.total = received[0].to(self.layout.dtype)
+            self._add_own(self.total, gradients)
+        else:
+            own = torch.zeros(
+                self.layout.row_length, dtype=self.layout.dtype, device=self.layout.device
+            )
+            self._add_own(own, gradients)
+            rows = list(received)
+            if self.wire in HALF:
+                rows, own = [row.float() for row in rows], own.float()
+            self.total = tree_sum([*rows[: self.rank], own, *rows[self.rank :]])
+            self.total = self.total.to(self.layout.dtype)
+        self.look()
+        if self.norm.is_cuda or self.is_finite:  # on a GPU, looking would wait for it
+            return None
+        if any(g is not None and not torch.isfinite(g).all() for g in gradients):
+            return self.rank
+        others = [r for r in range(self.layout.replicas) if r != self.rank]
+        # The tree adds into its first rows; the last ones are, or contain, single ranks' own.
+        for r, row in reversed(list(zip(others, [] if received is None else received, strict=False))):  # fmt: skip
+            if not torch.isfinite(row).all():
+                return r
+        return None
+
+    def take(self, sums: Sequence[torch.Tensor | None]) -> None:
+        """This rank's part of gradients that are summed already."""
+        layout = self.layout
+        self.total = torch.zeros(layout.row_length, dtype=layout.dtype, device=layout.device)
+        self._add_own(self.total, sums)
+        self.look()
+
+    def look(self) -> None:
+        """Take the norm of the sum."""
+        assert self.total is not None
+        self.norm = torch.linalg.vector_norm(self.total, dtype=torch.float32)
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.norm))
+
+    def first_not_finite(self) -> int | None:
+        """Index of the parameter of the first sum that is not finite."""
+        assert self.total is not None
+        at = (~torch.isfinite(self.total)).nonzero()
+        start = self.rank * self.layout.row_length
+        return self.layout.index_at(start + int(at[0])) if len(at) else None
+
+    def _add_own(self, row: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> None:
+        for (at, begin, end), g in zip(self.spans, gradients, strict=True):
+            if g is not None and begin < end:
+                row[at : at + end - begin].add_(g.reshape(-1)[begin:end])
+
+    def _empty(self) -> torch.Tensor:
+        rows = self.layout.replicas - (not self._native)
+        result = torch.empty(
+            rows, self.layout.row_length, dtype=self.wire, device=self.layout.device
+        )
+        for slot, begin, end in self._gaps:
+            result[slot, begin:end].zero_()
+        return result
+
+    def _gaps_of(self, pieces: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+        """What lies between and behind the parameters of a row."""
+        gaps, at = [], 0
+        for start, begin, end in pieces:
+            if begin < end:
+                gaps.append((at, start))
+                at = start + end - begin
+        gaps.append((at, self.layout.row_length))
+        return [(a, b) for a, b in gaps if a < b]
+
+    # --- weights
+
+    def step(self, used: Sequence[bool], factor: float, learning_rate: float) -> None:
+        """Scale the sums by `factor` and step this row's optimizer; `used` by parameter index."""
+        assert self.total is not None
+        self.total.mul_(factor)
+        for i, piece, (at, begin, end) in zip(
+            self.layout.indices, self.pieces, self.spans, strict=True
+        ):
+            piece.grad = self.total[at : at + end - begin] if used[i] else None
+        step(self.optimizer, learning_rate)
+        for piece in self.pieces:
+            piece.grad = None
+        self.total = None
+
+    def send_weights(self, group: Group) -> None:
+        """Collective: start the way of this rank's new weights to the others, and of theirs here."""
+        if self.master is self.row:
+            if group.size == 2:
+                self.gather = group.exchange(self.weights[1 - self.rank], self.row)
+            else:
+                self.gather = group.all_gather(self.weights, self.row.clone())
+            return
+        change = (self.master - self.row).to(self.wire)
+        self.row.add_(change)
+        self._changes = change.new_empty(self.weights.shape)
+        if group.size == 2:
+            self.gather = group.exchange(self._changes[1 - self.rank], change)
+        else:
+            self.gather = group.all_gather(self._changes, change)
+
+    def receive_weights(self) -> bool:
+        """Wait for the other ranks' weights; False if none were under way."""
+        if self.gather is None:
+            return False
+        self.gather.wait()
+        self.gather = None
+        if self._changes is not None:
+            for r, change in enumerate(self._changes):
+                if r != self.rank:
+                    self.weights[r].add_(change)
+            self._changes = None
+        return True
