@@ -15,10 +15,11 @@ what is trained:
     parameters   m (2 B - L + R) (n-1)/n     for the forward pass, and for the backward pass again
     gradients    S (n-1)/n + 2 (S/n) (r-1)/r
 
-and at most (B + R) (n-1)/n for each evaluated batch. gloo's own reduce-scatter is an all-reduce that sends
-2 S (n-1)/n (measured, torch 2.13), so on CPU ours is an all-to-all and local sums. All of it passes
-the ledger, through FSDP's seam for one's own collectives. On CPU, where FSDP would stand still in
-each, they are under way while it computes: the next block's parameters, the last two blocks' sums.
+and at most (B + R) (n-1)/n for each evaluated batch. All of it passes the ledger, through FSDP's
+seam for one's own collectives, and what a step stands still in them is charged to communication.
+On CPU FSDP would stand still in each of them for its whole time, and gloo's reduce-scatter is an
+all-reduce that sends 2 S (n-1)/n (measured, torch 2.13); here an all-to-all and local sums do it,
+and the next block's parameters and the last two blocks' sums are under way while it computes.
 
 Memory per rank: weights, gradients and optimizer state S/n each, two whole blocks and what is left
 of the model. With more than one micro-batch the gradients are whole, S, until the last one.
@@ -31,7 +32,7 @@ ranks run end in an error or in the timeout, never in wrong weights: `finish` co
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,8 @@ class Sharded:
     """The strategy of this file. Collective: every rank makes it with the same parameters.
 
     Shards `model` in place: afterwards its parameters are shards, whole only inside of the forward
-    pass of the module that holds them.
+    pass of the module that holds them. A model that waits on the CPU for a GPU goes there block by
+    block, so that it need never be whole on it.
     """
 
     lockstep = True
@@ -92,11 +94,11 @@ class Sharded:
         _check(named)
         self._control = Group("control", ledger, timeout_s)
         axes = _mesh(mesh, self._control.size)
-        device = named[0][1].device.type
+        device = _device(named[0][1])
         ranks = init_device_mesh(device, axes, mesh_dim_names=("replica", "shard"))
         self._replica = _Axis("replica", ledger, ranks.get_group("replica"))
         self._shard = _Axis("shard", ledger, ranks.get_group("shard"))
-        self._sums = _Sums(self._shard, self._replica, at_once=device != "cpu")
+        self._traffic = _Traffic(self._shard, self._replica, at_once=device != "cpu")
         self._order = 0
         self._used: set[str] = set()
 
@@ -135,8 +137,8 @@ class Sharded:
             # Tells an order from another one, which a sum of indices does not.
             self._order = (self._order * 31 + 2 * index + kind + 1) % _ORDER
 
-        unit.set_custom_all_gather(_Gather(self._shard, self._sums.at_once, came))
-        unit.set_custom_reduce_scatter(sums := _Scatter(self._sums, came))
+        unit.set_custom_all_gather(_Gather(self._traffic, came))
+        unit.set_custom_reduce_scatter(sums := _Scatter(self._traffic, came))
         if self._replica.size > 1:
             unit.set_all_reduce_hook(sums.over_replicas)
         # Else it averages over ranks, which is not what `update` divides.
@@ -156,19 +158,23 @@ class Sharded:
     def micro_batch(self, last: bool = True) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch; gradients leave in the `last`."""
         self._root.set_requires_gradient_sync(last)
-        yield
+        self._traffic.in_step = True
+        try:
+            yield
+        finally:
+            self._traffic.in_step = False
 
     @torch.no_grad()
     def finish(self, *values: float) -> list[float]:
         """Collective: complete the gradients; returns the sum over ranks of each of `values`."""
         with self.ledger.clock("communication"):
-            self._sums.complete()
+            self._traffic.complete()
             used = [float(name in self._used) for name, _ in self._named]
             order = float(self._order)
             totals = self._control.sum(*values, order, order * order, *used)
         self._used.clear()
         self._order = 0
-        self._sums.reduced.clear()
+        self._traffic.reduced.clear()
         first, second = totals[len(values) : len(values) + 2]
         if int(second) * self._control.size != int(first) ** 2:
             raise ReplicaError(
@@ -202,14 +208,14 @@ class Sharded:
 
     def settle(self) -> None:
         """Nothing is under way and every parameter is a shard. `state_dict` gives whole ones."""
-        self._sums.complete()
+        self._traffic.complete()
         if self._began:
             self._root.reset_iter_state()
 
     def discard(self) -> None:
         """Forget the gradients of this step without communicating. Every rank must agree on it."""
-        self._sums.complete()
-        self._sums.reduced.clear()
+        self._traffic.complete()
+        self._traffic.reduced.clear()
         self._used.clear()
         for p in [*self._whole.values(), *self._local.values(), *(p for _, p in self._named)]:
             p.grad = None
@@ -360,6 +366,10 @@ def _check(named: list[tuple[str, Parameter]]) -> None:
             ).on_every_rank()
 
 
+def _device(parameter: Parameter) -> str:
+    return "cuda" if "nccl" in str(dist.get_backend_config()) else parameter.device.type
+
+
 def _mesh(mesh: Sequence[int] | None, size: int) -> tuple[int, int]:
     replica, shard = mesh or (1, size)
     if replica * shard != size:
@@ -396,13 +406,14 @@ class _Sum:
     """Every rank's contribution, if `output` is still to be made of them."""
 
 
-class _Sums:
-    """Gradient sums that are under way while the backward pass goes on."""
+class _Traffic:
+    """What is under way while a step computes: gradient sums, until `complete`."""
 
     def __init__(self, shard: _Axis, replica: _Axis, at_once: bool) -> None:
         self.shard, self.replica = shard, replica
         self.at_once = at_once
         """A GPU's streams overlap by themselves; there only the stream waits."""
+        self.in_step = False
         self.reduced: set[int] = set()
         """Units that have reduced in this step: FSDP adds what comes now to what came then."""
         self._under_way: deque[_Sum] = deque()
@@ -425,6 +436,10 @@ class _Sums:
         else:
             self._add(_Sum(output, handle, None), unit)
 
+    def standing_still(self) -> AbstractContextManager[None]:
+        """Inside of a step's computation; an evaluation keeps its time."""
+        return self.shard.ledger.clock("communication") if self.in_step else nullcontext()
+
     def _add(self, new: _Sum, unit: int) -> None:
         self._under_way.append(new)
         if unit in self.reduced:
@@ -435,10 +450,11 @@ class _Sums:
 
     def _land(self) -> None:
         oldest = self._under_way.popleft()
-        oldest.handle.wait()
-        if oldest.received is None:
-            return
-        oldest.output.copy_(tree_sum(list(oldest.received.view(self.shard.size, -1))))
+        with self.standing_still():
+            oldest.handle.wait()
+            if oldest.received is None:
+                return
+            oldest.output.copy_(tree_sum(list(oldest.received.view(self.shard.size, -1))))
         if self.replica.size > 1:
             self._over_replicas.append(self.replica.all_reduce(oldest.output))
 
@@ -446,8 +462,9 @@ class _Sums:
     def complete(self) -> None:
         while self._under_way:
             self._land()
-        for handle in self._over_replicas:
-            handle.wait()
+        with self.standing_still():
+            for handle in self._over_replicas:
+                handle.wait()
         self._over_replicas.clear()
 
 
@@ -463,8 +480,8 @@ class _Allocated:
 class _Gather(_Allocated):
     """A unit's parameters from the ranks of its row."""
 
-    def __init__(self, shard: _Axis, at_once: bool, came: Callable[[int], None]) -> None:
-        self._shard, self._at_once, self._came = shard, at_once, came
+    def __init__(self, traffic: _Traffic, came: Callable[[int], None]) -> None:
+        self._traffic, self._came = traffic, came
 
     def __call__(
         self,
@@ -474,9 +491,9 @@ class _Gather(_Allocated):
         async_op: bool = False,
     ) -> dist.Work | None:
         self._came(0)
-        handle = self._shard.all_gather(output_tensor, input_tensor)
-        if not self._at_once:
-            return _Arrival(handle)
+        handle = self._traffic.shard.all_gather(output_tensor, input_tensor)
+        if not self._traffic.at_once:
+            return _Arrival(handle, self._traffic)
         handle.wait()
         return None
 
@@ -484,20 +501,21 @@ class _Gather(_Allocated):
 class _Arrival(dist.Work):
     """A handle as FSDP waits for it: where the parameters are needed."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, traffic: _Traffic) -> None:
         super().__init__()
-        self._handle = handle
+        self._handle, self._traffic = handle, traffic
 
     def wait(self, timeout: Any = None) -> bool:
-        self._handle.wait()
+        with self._traffic.standing_still():
+            self._handle.wait()
         return True
 
 
 class _Scatter(_Allocated):
     """A unit's gradient sums, each rank's rows to it."""
 
-    def __init__(self, sums: _Sums, came: Callable[[int], None]) -> None:
-        self._sums, self._came = sums, came
+    def __init__(self, traffic: _Traffic, came: Callable[[int], None]) -> None:
+        self._traffic, self._came = traffic, came
 
     def __call__(
         self,
@@ -508,8 +526,8 @@ class _Scatter(_Allocated):
         async_op: bool = False,
     ) -> None:
         self._came(1)
-        self._sums.scatter(output_tensor, input_tensor, id(self))
+        self._traffic.scatter(output_tensor, input_tensor, id(self))
 
     def over_replicas(self, output: torch.Tensor) -> None:
         self._came(1)
-        self._sums.over_replicas(output, id(self))
+        self._traffic.over_replicas(output, id(self))

@@ -150,8 +150,9 @@ def find_culprit(step: int, feed: Feed, loss_sum: LossSum, sync: Strategy, votes
             torch.manual_seed(feed.seed_for(step, candidate))
             loss_sum(feed.batch(step, candidate)).backward()
             bad = next(_not_finite(sync), None)
-        if bad is not None:
+        if bad is not None and leaf < 0:
             leaf, tensor = candidate, names.index(bad)
+        if leaf >= 0 and not sync.lockstep:
             break
     sync.discard()
     table = votes.each(
