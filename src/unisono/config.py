@@ -162,7 +162,8 @@ class Config(_Section):
     PyTorch's. `reference`: the naive definition of correct, for tests."""
     shard_optimizer: Literal["auto"] | bool = "auto"
     """exact: each replica keeps 1/n of the optimizer state and steps that part of the weights, which
-    return during the next forward pass. `auto`: yes, unless strict or alone."""
+    return during the next forward pass. `auto`: yes, except for large embeddings (their sums return
+    during the backward pass, which hides more), few bytes, strict mode, or one replica."""
     wire: Literal["float32", "bfloat16"] = "float32"
     """exact: what travels. bfloat16 halves the bytes; sums and master weights stay float32."""
     mesh: MeshConfig | None = None

@@ -111,6 +111,7 @@ def make_strategy(
     leaves: int | None = None,
     shard: bool = False,
     wire: str = "float32",
+    tables: bool = True,
     layout: Mapping[str, Any] | None = None,
     mesh: Sequence[int] | None = None,
     timeout_s: float = 600.0,
@@ -118,7 +119,7 @@ def make_strategy(
     """Collective: the strategy of that name.
 
     `optimizer`: without one there is no `update` (a loop of one's own has its own). `leaves`: as in
-    Exact, None unless strict. `shard`, `wire`, `layout`: as in Zero. `mesh`: (replica, shard) ranks
+    Exact, None unless strict. `shard`, `wire`, `tables`, `layout`: as in Zero. `mesh`: (replica, shard) ranks
     of `sharded`.
     """
     if name == "reference":
@@ -139,6 +140,7 @@ def make_strategy(
             optimizer=optimizer,
             bucket_mb=bucket_mb,
             wire=wire,
+            tables=tables,
             layout=layout,
             timeout_s=timeout_s,
         )

@@ -126,6 +126,7 @@ class Exact(Whole):
             if bucket.tree:
                 bucket.tree.reset()
         self._reset()
+        self._order, self._order_known = [], False  # a step that was given up taught nothing
         super().discard()
 
     def rebucket(self, bucket_mb: float) -> None:

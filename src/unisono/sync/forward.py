@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 class Owner(Protocol):
     """Who wants to know."""
 
-    def on_use(self, param: Parameter) -> None:
-        """Before a torch function reads `param`."""
+    def on_use(self, tensor: torch.Tensor) -> None:
+        """Before a torch function reads `tensor`, which may be a parameter."""
 
     def on_lookup(
         self, ids: torch.Tensor, weight: Parameter, padding_idx: int | None
@@ -42,20 +42,16 @@ class Watch(TorchFunctionMode):
                 result = self._owner.on_lookup(*found)
                 if result is not None:
                     return result
-        for arg in args:
-            if type(arg) is Parameter:
-                self._owner.on_use(arg)
-            elif type(arg) in (tuple, list):
-                self._each(arg)
+        self._each(args)
         if kwargs:
             self._each(kwargs.values())
         return func(*args, **kwargs)
 
     def _each(self, values: Any) -> None:
         for value in values:
-            if type(value) is Parameter:
+            if isinstance(value, torch.Tensor):  # a class of one's own may be a parameter too
                 self._owner.on_use(value)
-            elif type(value) in (tuple, list):
+            elif isinstance(value, tuple | list):
                 self._each(value)
 
 

@@ -1,15 +1,15 @@
-"""An embedding whose looked-up rows travel by themselves.
+"""Embeddings: the gradient of a lookup, which touches few rows, travels as rows.
 
 A tied embedding is the worst parameter to synchronize: its gradient is complete only when the
-backward pass ends, and the forward pass needs its weights first of all. But that is true of its
-input half alone, the lookup, which touches few rows. So the lookup gets a leaf of its own, the rows
-of this micro-batch; the other half (the output layer) is an ordinary, early gradient.
+backward pass ends, and the forward pass needs its weights first of all. But both is true of its
+input half alone, the lookup. So the lookup gets a leaf of its own, the rows of this micro-batch, and
+their gradients go to all replicas when the backward pass has ended. The other half (the output
+layer) is a dense and early gradient, whose sum returns to all replicas while the backward pass goes
+on. Then every replica steps the whole table itself, and nothing of it need return in the forward
+pass. The price is that its optimizer state is on every replica.
 
-    forward:  rows that this replica looks up  <- from the ranks that own them, freshly updated
-    backward: gradients of those rows          -> to the ranks that own them, added in rank order
-
-Bytes sent for k rows of d values at n replicas: about k d (n-1)/n values each way and k row numbers,
-instead of V d (n-1)/n values for a table of V rows at the worst time.
+Bytes sent by each rank for k rows of d values: k d (n-1) values and k (n-1) row numbers, padded to the
+k of the rank that has most; of the dense half 2 V d (n-1)/n values for a table of V rows.
 """
 
 from dataclasses import dataclass, field
@@ -17,52 +17,51 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from unisono.sync.ledger import Group
+from unisono.sync.ledger import Group, Handle
 from unisono.sync.shard import Shard
 
 
 @dataclass
 class Lookup:
-    """One use of the table in a micro-batch."""
+    """One use of the table in a micro-batch, or what is left of those that are over."""
 
     ids: torch.Tensor
     """int64 [k], ascending, each once."""
-    rows: torch.Tensor
-    """[k, d], the leaf whose gradient is this replica's."""
+    leaf: torch.Tensor | None = None
+    """[k, d], whose gradient is this replica's."""
+    summed: torch.Tensor | None = None
+    """[k, d]: gradients of micro-batches that are over."""
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        return self.leaf.grad if self.leaf is not None else self.summed
+
+
+@dataclass
+class Rows:
+    """Gradients of all replicas' rows, under way."""
+
+    counts: list[int]
+    ids: torch.Tensor
+    """int32 [replicas, most]."""
+    gradients: torch.Tensor
+    """[replicas, most, d]."""
+    handles: list[Handle]
 
 
 @dataclass
 class Table:
-    """An embedding with a bucket of its own, in which each rank owns whole rows of the table.
-
-    Gradients of rows are rounded to the wire's type, rows of weights travel as they are.
-    """
+    """A looked-up embedding [V, d] in a shard of its own, which is `whole`."""
 
     shard: Shard
-    group: Group
-    stale: bool = False
-    """This replica's copies of the others' rows have not been asked for since the last update."""
     lookups: list[Lookup] = field(default_factory=list)
-
-    @property
-    def dim(self) -> int:
-        return int(self.shard.layout.shapes[0][1])
-
-    @property
-    def rows_per_rank(self) -> int:
-        return self.shard.layout.row_length // self.dim
 
     def look_up(
         self, ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None
     ) -> torch.Tensor:
-        """`F.embedding(ids, weight, padding_idx)`, with a leaf of its own. Collective when stale."""
+        """`F.embedding(ids, weight, padding_idx)`, with a leaf of its own."""
         unique, inverse = torch.unique(ids, return_inverse=True)
-        if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < len(weight):
-            raise IndexError(
-                f"embedding of {len(weight)} rows: found row {int(unique[0])} to {int(unique[-1])}"
-            )
-        rows = self.fetch(unique) if self.stale else weight.detach()[unique]
-        leaf = rows.requires_grad_()
+        leaf = F.embedding(unique, weight.detach()).requires_grad_()
         self.lookups.append(Lookup(unique, leaf))
         padding = None
         if padding_idx is not None:
@@ -70,66 +69,66 @@ class Table:
             padding = int(at[0]) if len(at) else None
         return F.embedding(inverse, leaf, padding)
 
-    @torch.no_grad()
-    def fetch(self, ids: torch.Tensor) -> torch.Tensor:
-        """Collective: current rows `ids` (ascending, each once) from the ranks that own them."""
-        self.stale = False
-        counts, asked, asked_counts = self._ask(ids)
-        served = self.shard.row.view(-1, self.dim)[asked - self.group.rank * self.rows_per_rank]
-        rows = served.new_empty(len(ids), self.dim)
-        self.group.all_to_all_rows(rows, served, counts, asked_counts).wait()
-        return rows
-
-    def _ask(self, ids: torch.Tensor) -> tuple[list[int], torch.Tensor, list[int]]:
-        """Collective: tell each owner which rows are meant.
-
-        Returns how many of each owner, the rows that this rank is asked for, how many by each rank.
-        """
-        counts = torch.bincount(ids // self.rows_per_rank, minlength=self.group.size)
-        asked_counts = torch.empty_like(counts)
-        self.group.all_to_all(asked_counts, counts).wait()
-        outgoing, incoming = counts.tolist(), asked_counts.tolist()
-        sent = ids.to(torch.int32)
-        asked = sent.new_empty(sum(incoming))
-        self.group.all_to_all_rows(asked, sent, incoming, outgoing).wait()
-        return outgoing, asked.long(), incoming
-
-    @torch.no_grad()
-    def send_gradients(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Collective: gradients of the looked-up rows to their owners.
-
-        Returns rows and gradients that were received, rank after rank, and how many of each rank.
-        """
-        ids, gradients = self._own_gradients()
-        outgoing, asked, incoming = self._ask(ids)
-        wire = self.shard.wire
-        received = gradients.new_empty(len(asked), self.dim, dtype=wire)
-        self.group.all_to_all_rows(received, gradients.to(wire), incoming, outgoing).wait()
-        self.lookups.clear()
-        return asked, received, incoming
-
-    @torch.no_grad()
-    def add(self, asked: torch.Tensor, received: torch.Tensor, counts: list[int]) -> None:
-        """Add what `send_gradients` returned to this rank's sum, in rank order."""
-        assert self.shard.total is not None
-        mine = self.shard.total.view(-1, self.dim)
-        at = asked - self.group.rank * self.rows_per_rank
-        for rows, gradients in zip(at.split(counts), received.split(counts), strict=True):
-            mine.index_add_(0, rows, gradients.to(mine.dtype))  # each row once: any order is one
-
     @property
     def used(self) -> bool:
         """Whether this rank has gradients to send."""
-        return any(x.rows.grad is not None for x in self.lookups)
+        return any(x.gradient is not None for x in self.lookups)
 
-    def _own_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        found = [(x.ids, x.rows.grad) for x in self.lookups if x.rows.grad is not None]
+    @torch.no_grad()
+    def merge(self) -> None:
+        """After a micro-batch: keep its gradients alone, each row once, so that more cost nothing."""
+        if any(x.leaf is not None for x in self.lookups):
+            used, (ids, total) = self.used, self._own()
+            self.lookups = [Lookup(ids, summed=total)] if used else []
+
+    @torch.no_grad()
+    def send(self, group: Group) -> Rows:
+        """Collective: start the way of this rank's rows to all others, and of theirs here."""
+        ids, gradients = self._own()
+        self.lookups.clear()
+        counts = [int(c) for c in group.each(float(len(ids)))[:, 0].tolist()]
+        most, dim = max(counts), gradients.shape[1]
+        mine = gradients.new_zeros(most, dim, dtype=self.shard.wire)
+        mine[: len(ids)] = gradients
+        numbers = torch.zeros(most, dtype=torch.int32)
+        numbers[: len(ids)] = ids
+        rows = Rows(
+            counts, numbers.new_empty(group.size, most), mine.new_empty(group.size, most, dim), []
+        )
+        if most:
+            rows.handles = [
+                group.all_gather(rows.ids, numbers),
+                group.all_gather(rows.gradients, mine),
+            ]
+        return rows
+
+    @torch.no_grad()
+    def add(self, rows: Rows) -> int | None:
+        """Wait, and add all replicas' rows to the table's sum, in rank order on every replica.
+
+        Returns the first rank whose rows are not finite.
+        """
+        for handle in rows.handles:
+            handle.wait()
+        total = self.shard.whole_sum()
+        culprit = None
+        for rank, count in enumerate(rows.counts):
+            gradients = rows.gradients[rank, :count].to(total.dtype)
+            # Each row once: any order of additions is one.
+            total.index_add_(0, rows.ids[rank, :count].long(), gradients)
+            if culprit is None and not torch.isfinite(gradients).all():
+                culprit = rank
+        return culprit
+
+    def _own(self) -> tuple[torch.Tensor, torch.Tensor]:
+        found = [(x.ids, g) for x in self.lookups if (g := x.gradient) is not None]
         if len(found) == 1:
             return found[0]
-        like = self.shard.row
+        dim = self.shard.layout.shapes[0][1]
+        dtype = self.shard.layout.dtype
         if not found:
-            return torch.empty(0, dtype=torch.int64), like.new_empty(0, self.dim)
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dim, dtype=dtype)
         ids, inverse = torch.unique(torch.cat([i for i, _ in found]), return_inverse=True)
-        total = like.new_zeros(len(ids), self.dim)
+        total = torch.zeros(len(ids), dim, dtype=dtype)
         total.index_add_(0, inverse, torch.cat([g for _, g in found]))
         return ids, total

@@ -1,8 +1,11 @@
 """One bucket of sync/zero.py on one rank: gradients out, their sum in, the optimizer, weights back.
 
-Weights are whole, a flat matrix of one row for each rank; the model's parameters are views of it.
+Weights are a flat matrix of one row for each rank; the model's parameters are views of it.
 Of the gradients there is only what travels: the other ranks' parts leave as soon as autograd has
 them, this rank's own part stays where autograd put it and is added to what arrives.
+
+A `whole` shard is the exception: its sum returns to all ranks as soon as it is there, each steps the
+whole optimizer, and the weights need not travel.
 """
 
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ from torch.nn import Parameter
 from unisono.sync.bucket import Layout
 from unisono.sync.ledger import Group, Handle
 from unisono.sync.tree import HALF, tree_sum
-from unisono.sync.update import OptimizerFactory, step
+from unisono.sync.update import OptimizerFactory, by_dimension, step
 
 
 class Shard:
@@ -26,25 +29,12 @@ class Shard:
         rank: int,
         factory: OptimizerFactory,
         wire: torch.dtype,
+        whole: bool = False,
     ) -> None:
-        self.layout, self.wire, self.rank = layout, wire, rank
-        flat = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
-        for p, view in zip(params, layout.cut(flat), strict=True):
-            view.copy_(p.detach())
-            p.data = view
-        self.weights = flat.view(layout.replicas, layout.row_length)
-        self.row = self.weights[rank]
-        self.master = self.row if wire == layout.dtype else self.row.clone()
-        """What the optimizer steps: the row itself, or a copy that no wire has rounded."""
-        self.spans = layout.pieces(rank)
-        self.pieces = [Parameter(self.master[at : at + e - b]) for at, b, e in self.spans]
-        dims = [len(shape) for shape in layout.shapes]
-        self.optimizer = factory(
-            [x for x, d in zip(self.pieces, dims, strict=True) if d >= 2],
-            [x for x, d in zip(self.pieces, dims, strict=True) if d < 2],
-        )
+        self.layout, self.wire, self.rank, self.whole = layout, wire, rank, whole
+        self.sends_gradients = True
         # NCCL's own reduce-scatter adds in its own order, on all ranks' rows.
-        self._native = flat.is_cuda and wire == layout.dtype and wire not in HALF
+        self._native = layout.device.type == "cuda" and wire == layout.dtype not in HALF
         rows = [r for r in range(layout.replicas) if r != rank or self._native]
         pieces = [layout.pieces(r) for r in rows]
         self._parts = [
@@ -52,10 +42,32 @@ class Shard:
             for k in range(len(layout.indices))
         ]
         self._gaps = [(slot, a, b) for slot, piece in enumerate(pieces) for a, b in self._gaps_of(piece)]  # fmt: skip
-        self.sends_gradients = True
+        self.spans = layout.pieces(rank)
         self.gather: Handle | None = None
         self._changes: torch.Tensor | None = None
         self.reset()
+        if whole:
+            self.pieces = list(params)
+            self.optimizer = factory(*by_dimension(self.pieces))
+        else:
+            self._take_weights(params, factory)
+
+    def _take_weights(self, params: Sequence[Parameter], factory: OptimizerFactory) -> None:
+        layout = self.layout
+        flat = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
+        for p, view in zip(params, layout.cut(flat), strict=True):
+            view.copy_(p.detach())
+            p.data = view
+        self.weights = flat.view(layout.replicas, layout.row_length)
+        self.row = self.weights[self.rank]
+        self.master = self.row if self.wire == layout.dtype else self.row.clone()
+        """What the optimizer steps: the row itself, or a copy that no wire has rounded."""
+        self.pieces = [Parameter(self.master[at : at + e - b]) for at, b, e in self.spans]
+        dims = [len(shape) for shape in layout.shapes]
+        self.optimizer = factory(
+            [x for x, d in zip(self.pieces, dims, strict=True) if d >= 2],
+            [x for x, d in zip(self.pieces, dims, strict=True) if d < 2],
+        )
 
     def reset(self) -> None:
         """Before a step."""
@@ -69,8 +81,11 @@ class Shard:
         self._received: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         """[row_length], the sum over ranks of this rank's part, once it is there."""
-        self.norm = torch.zeros((), device=self.layout.device)
-        """Of `total`."""
+        self.sums: torch.Tensor | None = None
+        """[replicas, row_length], where the shard is whole."""
+        self._returning: Handle | None = None
+        self.norm = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        """Of this rank's part of the sum."""
 
     # --- gradients
 
@@ -115,7 +130,9 @@ class Shard:
             self.scatter.wait()
         received, self._received, self._outgoing = self._received, None, None
         if received is None:
-            self.total = torch.zeros(self.layout.row_length, dtype=self.layout.dtype)
+            self.total = torch.zeros(
+                self.layout.row_length, dtype=self.layout.dtype, device=self.layout.device
+            )
         elif self._native:
             self.total = received[0]
         elif self.layout.replicas == 2:
@@ -143,17 +160,47 @@ class Shard:
                 return r
         return None
 
+    def return_sum(self, group: Group) -> None:
+        """Collective: start the way of a whole shard's sum to all ranks, rounded for all alike."""
+        assert self.total is not None
+        row = self.total.to(self.wire)
+        self.sums = row.new_empty(self.layout.replicas, self.layout.row_length)
+        if self.sends_gradients:
+            self._returning = group.all_gather(self.sums, row)
+        else:
+            self.sums.zero_()
+
+    def take_sum(self) -> None:
+        """Wait for it."""
+        if self._returning is not None:
+            self._returning.wait()
+            self._returning = None
+        assert self.sums is not None
+        self.sums = self.sums.to(self.layout.dtype)
+
+    def whole_sum(self) -> torch.Tensor:
+        """The sum of the only parameter of a whole shard, in its shape."""
+        assert self.sums is not None
+        return self.layout.cut(self.sums.view(-1))[0]
+
     def take(self, sums: Sequence[torch.Tensor | None]) -> None:
         """This rank's part of gradients that are summed already."""
         layout = self.layout
         self.total = torch.zeros(layout.row_length, dtype=layout.dtype, device=layout.device)
         self._add_own(self.total, sums)
+        if self.whole:
+            self.sums = self.total.new_zeros(layout.replicas, layout.row_length)
+            for view, g in zip(layout.cut(self.sums.view(-1)), sums, strict=True):
+                if g is not None:
+                    view.copy_(g)
         self.look()
 
     def look(self) -> None:
-        """Take the norm of the sum."""
-        assert self.total is not None
-        self.norm = torch.linalg.vector_norm(self.total, dtype=torch.float32)
+        """Take the norm of this rank's part of the sum."""
+        part = self.total if self.sums is None else self.sums[self.rank]
+        assert part is not None
+        wide = torch.float64 if part.dtype == torch.float64 else torch.float32
+        self.norm = torch.linalg.vector_norm(part, dtype=wide).double()
 
     @property
     def is_finite(self) -> bool:
@@ -161,8 +208,9 @@ class Shard:
 
     def first_not_finite(self) -> int | None:
         """Index of the parameter of the first sum that is not finite."""
-        assert self.total is not None
-        at = (~torch.isfinite(self.total)).nonzero()
+        part = self.total if self.sums is None else self.sums[self.rank]
+        assert part is not None
+        at = (~torch.isfinite(part)).nonzero()
         start = self.rank * self.layout.row_length
         return self.layout.index_at(start + int(at[0])) if len(at) else None
 
@@ -193,17 +241,20 @@ class Shard:
     # --- weights
 
     def step(self, used: Sequence[bool], factor: float, learning_rate: float) -> None:
-        """Scale the sums by `factor` and step this row's optimizer; `used` by parameter index."""
-        assert self.total is not None
-        self.total.mul_(factor)
-        for i, piece, (at, begin, end) in zip(
-            self.layout.indices, self.pieces, self.spans, strict=True
-        ):
-            piece.grad = self.total[at : at + end - begin] if used[i] else None
+        """Scale the sums by `factor` and step the optimizer; `used` by parameter index."""
+        total = self.total if self.sums is None else self.sums.view(-1)
+        assert total is not None
+        total.mul_(factor)
+        if self.whole:
+            gradients = self.layout.cut(total)
+        else:
+            gradients = [total[at : at + end - begin] for at, begin, end in self.spans]
+        for i, piece, gradient in zip(self.layout.indices, self.pieces, gradients, strict=True):
+            piece.grad = gradient if used[i] else None
         step(self.optimizer, learning_rate)
         for piece in self.pieces:
             piece.grad = None
-        self.total = None
+        self.total = self.sums = None
 
     def send_weights(self, group: Group) -> None:
         """Collective: start the way of this rank's new weights to the others, and of theirs here."""

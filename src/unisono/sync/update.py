@@ -53,5 +53,6 @@ def global_norm(grads: list[torch.Tensor]) -> float:
     """The L2 norm over all tensors; not finite if any value is not."""
     if not grads:
         return 0.0
-    norms = torch._foreach_norm(grads, dtype=torch.float32)
+    wide = any(g.dtype == torch.float64 for g in grads)
+    norms = torch._foreach_norm(grads, dtype=torch.float64 if wide else torch.float32)
     return float(torch.linalg.vector_norm(torch.stack(norms).double()))

@@ -9,7 +9,8 @@ gradient travels:
              -> all-gather, in the order of the next forward pass, which waits where it needs them
 
 Every replica has the same weights afterwards, bit for bit, since each row is computed once. Large
-embedding tables take a way of their own for what is looked up (sync/rows.py).
+embeddings take a way of their own (sync/rows.py), all of it during the backward pass: their sums
+return instead of their weights.
 
 `wire: bfloat16` halves the bytes both ways. Gradients are rounded once, on the way, and added in
 float32. A weight does not travel: what is sent is how much the replicas' copy has to change to become
@@ -18,7 +19,7 @@ next change, so that replicas follow the master to within 2^-9 of one step's cha
 builds up. All replicas, the owner too, add the same rounded change.
 
 Bytes sent by each rank, S being those of the weights on the wire, n the replicas:
-S (n-1)/n for gradients and as many for weights, plus the rows of sync/rows.py.
+S (n-1)/n for gradients and as many for weights or sums, plus the rows of sync/rows.py.
 Memory: weights whole; optimizer state (and masters) 1/n of what one replica would hold; gradients
 until they have left, and then 1/n.
 
@@ -43,17 +44,29 @@ from unisono.sync.forward import Watch
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.rows import Table
 from unisono.sync.shard import Shard
-from unisono.sync.update import MASTER, OptimizerFactory, Update, clip_factor, is_finite
+from unisono.sync.update import (
+    MASTER,
+    OptimizerFactory,
+    Update,
+    clip_factor,
+    global_norm,
+    is_finite,
+)
 
 TABLE_BYTES = 1 << 20
-"""Smaller embeddings travel as any other parameter: rows cost three more round trips."""
+"""Smaller embeddings travel as any other parameter: rows cost two more round trips."""
 TABLE_SHARE = 0.25
-"""Rows that a micro-batch may touch, as a share of the table, for rows to be worth sending alone."""
+"""Rows that each rank may receive, as a share of the table, for rows to be worth sending alone."""
 TAIL_SHARE = 0.25
 """Size of the bucket that is filled last (and needed first) beside the others."""
 LAYOUT = ("order", "needs", "tables", "dense")
 """What the first step learns: parameter indices in the order of gradients and of needs, embeddings
 whose rows travel by themselves, and those of them that have another use besides."""
+
+
+def _saving_is_hooked() -> bool:
+    """Something decides what the backward pass will find: gradient checkpointing, offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class Zero:
@@ -73,21 +86,26 @@ class Zero:
         optimizer: OptimizerFactory,
         bucket_mb: float = 4.0,
         wire: str = "float32",
+        tables: bool = True,
         layout: Mapping[str, Any] | None = None,
         timeout_s: float = 600.0,
     ) -> None:
-        """`wire`: float32 or bfloat16. `layout`: what `layout()` returned for the same model."""
+        """`wire`: float32 or bfloat16. `tables`: large embeddings travel as in sync/rows.py, and
+        their optimizer state is on every rank. `layout`: what `layout()` returned for the same model.
+        """
         self.model, self.ledger = model, ledger
         self.named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.names, self.params = [n for n, _ in self.named], [p for _, p in self.named]
         self.bucket_bytes = int(bucket_mb * 2**20)
         self._factory = optimizer
+        self._tables_whole = tables
         self._wire = torch.bfloat16 if wire == "bfloat16" else None
         # Groups of their own: what is issued in one of them would wait behind the others' traffic.
         self._control = Group("control", ledger, timeout_s)
         self._scatters = Group("scatter", ledger, timeout_s)
         self._gathers = Group("gather", ledger, timeout_s)
-        self._lookups = Group("rows", ledger, timeout_s)
+        self._returned_sums = Group("sum", ledger, timeout_s)
+        self._rows = Group("rows", ledger, timeout_s)
         self.replicas, self.rank = self._control.size, self._control.rank
         assert self.replicas > 1
         self._index = {n: i for i, n in enumerate(self.names)}
@@ -123,9 +141,9 @@ class Zero:
 
     def _begin_step(self) -> None:
         for shard in self._shards:
-            total, norm = shard.total, shard.norm
+            kept = shard.total, shard.sums, shard.norm
             shard.reset()
-            shard.total, shard.norm = total, norm  # for `update`
+            shard.total, shard.sums, shard.norm = kept  # for `update`
         self._num_sent = self._num_summed = 0
         self._used = [False] * len(self.params)
         self._reached = [False] * len(self.params)
@@ -134,7 +152,7 @@ class Zero:
 
     @contextmanager
     def micro_batch(self, last: bool = True) -> Iterator[None]:
-        """Around the forward and backward pass of a micro-batch. Collective when rows are stale."""
+        """Around the forward and backward pass of a micro-batch; only the `last` communicates."""
         first = self._first
         watching = first or self._under_way or self._tables
         self._last = last
@@ -146,30 +164,31 @@ class Zero:
                 yield
         finally:
             self._last = True
-            self._fetch_nothing()
+            for table in self._tables.values():
+                table.merge()
 
     @torch.no_grad()
     def finish(self, *values: float) -> list[float]:
         """Collective: complete this rank's part; returns the sum over ranks of each of `values`."""
         if self._first:
-            return self._finish_first(self._first, *values)
-        self._fetch_nothing()
+            return self._first.finish(*values)
         with self.ledger.clock("communication"):
-            self._culprit = None
             while self._num_sent < len(self._shards):
                 self._send_next()
             for i, table in self._tables.items():
                 self._used[i] |= table.used
-            returned = [(t, t.send_gradients()) for t in self._tables.values()]
+            under_way = [(t, t.send(self._rows)) for t in self._tables.values()]
             self._add_up(wait=True)
-            for table, received in returned:
-                table.add(*received)
+            for shard in self._shards:
+                if shard.whole:
+                    shard.take_sum()
+            for table, rows in under_way:
+                culprit = table.add(rows)
                 table.shard.look()
-            square = self._square_of_sums()
-            *total, self._square = self._control.sum(*values, *self._used, square)
+                if culprit is not None and self._culprit is None:
+                    self._blame(culprit, table.shard)
+            *total, self._square = self._control.sum(*values, *self._used, self._square_of_sums())
             self._used_anywhere = [bool(x) for x in total[len(values) :]]
-            if not is_finite(self._square) and self._culprit is None:
-                self._blame_rows(returned)
             for p in self.params:
                 p.grad = None
             self._begin_step()
@@ -179,19 +198,19 @@ class Zero:
     def update(self, *, divide_by: float, max_norm: float, learning_rate: float) -> Update:
         """Collective: clip, step the optimizer on this rank's part, send the weights off."""
         self.settle()
+        if self._first and not self._begin(self._first):
+            return Update(math.nan, committed=False)
         norm = math.sqrt(self._square) / divide_by if is_finite(self._square) else math.nan
         if not is_finite(norm):
             return Update(norm, committed=False)
         factor = clip_factor(norm, divide_by, max_norm)
-        used = self._used_anywhere
-        for table in self._tables.values():  # its rows are asked for first of all
-            table.shard.step(used, factor, learning_rate)
-            table.stale = True
         for shard in self._returns:
-            if shard.total is not None:
-                shard.step(used, factor, learning_rate)
+            shard.step(self._used_anywhere, factor, learning_rate)
             shard.send_weights(self._gathers)
         self._under_way = len(self._returns)
+        for shard in self._shards:
+            if shard.whole:
+                shard.step(self._used_anywhere, factor, learning_rate)
         return Update(norm, committed=True)
 
     @torch.no_grad()
@@ -202,8 +221,6 @@ class Zero:
                 for shard in self._returns:
                     shard.receive_weights()
             self._under_way = 0
-        for table in self._tables.values():
-            table.stale = False
 
     def discard(self) -> None:
         """Forget the gradients of this step without communicating. Every rank must agree on it."""
@@ -229,17 +246,18 @@ class Zero:
                 yield name, p.grad
         for i, table in self._tables.items():
             for lookup in table.lookups:
-                if lookup.rows.grad is not None:
-                    yield self.names[i], lookup.rows.grad
+                if lookup.gradient is not None:
+                    yield self.names[i], lookup.gradient
 
     def blame(self) -> tuple[int, str] | None:
         """After `finish`: (rank, parameter) of a non-finite contribution to this rank's part."""
         return self._culprit
 
     def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights. Optimizer state lies on one rank each."""
+        """Weights, and the optimizer state of large embeddings. The rest is on one rank each."""
         self.settle()
         yield from self.named
+        yield from self._state_of([s for s in self._shards if s.whole])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The model's whole state dict."""
@@ -250,6 +268,8 @@ class Zero:
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Collective: (state.parameter, whole tensor), gathered bucket by bucket."""
         self.settle()
+        if self._saved is not None:  # loaded, and laid out in the first update
+            yield from self._saved.items()
         yield from self._state_of(self._shards)
 
     @torch.no_grad()
@@ -289,14 +309,16 @@ class Zero:
             self._first.close()
         for hook in self._hooks:
             hook.remove()
-        for group in (self._control, self._scatters, self._gathers, self._lookups):
+        for group in (
+            self._control, self._scatters, self._gathers, self._returned_sums, self._rows
+        ):  # fmt: skip
             group.close()
 
     # --- the forward pass
 
-    def on_use(self, param: Parameter) -> None:
+    def on_use(self, tensor: torch.Tensor) -> None:
         """Wait for a weight's way back before it is used."""
-        i = self._number.get(id(param))
+        i = self._number.get(id(tensor))
         if i is None:
             return
         if self._first:
@@ -308,9 +330,11 @@ class Zero:
     def on_lookup(
         self, ids: torch.Tensor, weight: Parameter, padding_idx: int | None
     ) -> torch.Tensor | None:
-        """Collective on the first lookup after an update: fetch the rows."""
+        """Give a lookup in a table a leaf of its own."""
         i = self._number.get(id(weight))
-        if i is None:
+        # Recomputed in the backward pass, where torch functions are not seen, a lookup would be the
+        # plain one: in checkpointed segments (no gradient, or hooks on what is saved) it is so too.
+        if i is None or not torch.is_grad_enabled() or _saving_is_hooked():
             return None
         if self._first:
             self._uses.append(~i)  # a lookup; `on_use` follows
@@ -318,19 +342,9 @@ class Zero:
             self._touched[i] = max(self._touched.get(i, 0), touched)
             return None
         table = self._tables.get(i)
-        if table is None or not torch.is_grad_enabled():
+        if table is None:
             return None
-        if not table.stale:
-            self.on_use(weight)
-        with self.ledger.clock("communication") if table.stale else nullcontext():
-            return table.look_up(ids, weight, padding_idx)
-
-    def _fetch_nothing(self) -> None:
-        """Collective where this rank has not asked for rows, having failed before: others wait."""
-        for table in self._tables.values():
-            if table.stale:
-                with self.ledger.clock("communication"):
-                    table.fetch(torch.empty(0, dtype=torch.int64))
+        return table.look_up(ids, weight, padding_idx)
 
     # --- the backward pass
 
@@ -362,6 +376,8 @@ class Zero:
             self._add_up(wait=False)
 
     def _send_next(self) -> None:
+        if not self._num_sent:
+            self._culprit = None
         shard = self._shards[self._num_sent]
         for place in sorted(shard.missing):  # used by an earlier micro-batch, not by the last one
             gradient = self.params[shard.layout.indices[place]].grad
@@ -383,41 +399,43 @@ class Zero:
             if shard.sends_gradients:
                 for p in params:
                     p.grad = None
+            if shard.whole:
+                shard.return_sum(self._returned_sums)
             self._num_summed += 1
 
     def _square_of_sums(self) -> float:
         norms = torch.stack([s.norm for s in self._shards]) if self._shards else torch.zeros(0)
-        return float(norms.double().square().sum())
+        return float(norms.square().sum())
 
     def _blame(self, rank: int, shard: Shard) -> None:
         i = shard.first_not_finite()
         self._culprit = (rank, self.names[i]) if i is not None else None
 
-    def _blame_rows(self, returned: list[tuple[Table, Any]]) -> None:
-        for table, (_, received, counts) in returned:
-            for rank, gradients in enumerate(received.split(counts)):
-                if not torch.isfinite(gradients).all():
-                    self._blame(rank, table.shard)
-                    return
-
     # --- layout
 
-    def _finish_first(self, first: Exact, *values: float) -> list[float]:
-        """Collective: the first step, with whole gradients, after which everything is laid out."""
-        result = first.finish(*values)
+    def _begin(self, first: Exact) -> bool:
+        """Collective: after the first step that counts, whose gradients are whole, lay everything out.
+
+        A step that was given up has taught nothing, nor one that is not finite: False.
+        """
+        gradients = [p.grad for p in self.params]
+        norm = global_norm([g for g in gradients if g is not None])
+        if not is_finite(norm):
+            self._culprit = first.blame()
+            self.discard()
+            return False
         with self.ledger.clock("communication"):
             self._learned = self._agree(first.layout()["order"])
             first.close()
             self._first = None
-            gradients = [p.grad for p in self.params]
             self._used_anywhere = [g is not None for g in gradients]
             self._start()
             for shard in self._shards:
                 shard.take([gradients[i] for i in shard.layout.indices])
             for p in self.params:
                 p.grad = None
-            self._square = self._control.sum(self._square_of_sums())[0]
-        return result
+            self._square = norm * norm
+        return True
 
     def _agree(self, order: list[int]) -> dict[str, list[int]]:
         """Collective: rank 0's order of needs, and the tables of all ranks."""
@@ -441,14 +459,18 @@ class Zero:
     def _is_table(self, i: int, touched: float) -> bool:
         p = self.params[i]
         return bool(
-            0 < touched <= TABLE_SHARE * p.shape[0] and p.numel() * p.element_size() >= TABLE_BYTES
+            self._tables_whole
+            and 0 < touched * (self.replicas - 1) <= TABLE_SHARE * p.shape[0]
+            and p.numel() * p.element_size() >= TABLE_BYTES
         )
 
     def _start(self) -> None:
         """Lay shards and tables out as learned."""
         learned = self._learned
         self._clear()
-        tables, dense = learned["tables"], learned["dense"]
+        # On a GPU, finding the rows would wait for it; what was learned may come from a CPU.
+        tables = [i for i in learned["tables"] if self._tables_whole and not self.params[i].is_cuda]
+        dense = learned["dense"]
         # What is not looked up of a table is the output layer, whose gradient is first.
         first = sorted(tables, key=lambda i: i in dense, reverse=True)
         order = [i for i in learned["order"] if i not in tables]
@@ -458,17 +480,21 @@ class Zero:
         places: dict[int, tuple[Shard, int]] = {}
         for group in groups:
             index, p = group[0]
-            layout = Layout(group, self.replicas, row_of=p.shape[1] if index in tables else 1)
+            layout = Layout(group, self.replicas)
             wire = self._wire if self._wire and p.dtype == torch.float32 else p.dtype
-            shard = Shard(layout, [p for _, p in group], self.rank, self._factory, wire)
+            own = [p for _, p in group]
+            shard = Shard(layout, own, self.rank, self._factory, wire, whole=index in tables)
             shard.sends_gradients = index not in tables or index in dense
-            if index in tables:
-                self._tables[index] = Table(shard, self._lookups)
+            if shard.whole:
+                self._tables[index] = Table(shard)
             self._shards.append(shard)
             places |= {i: (shard, k) for k, (i, _) in enumerate(group)}
         self._places = [places[i] for i in range(len(self.params))]
         need = {i: k for k, i in enumerate(learned["needs"])}
-        self._returns = sorted(self._shards, key=lambda s: min(need[i] for i in s.layout.indices))
+        self._returns = sorted(
+            (s for s in self._shards if not s.whole),
+            key=lambda s: min(need[i] for i in s.layout.indices),
+        )
         self._begin_step()
         if not self._hooks:
             self._hooks = [
@@ -488,9 +514,11 @@ class Zero:
         shard, place = self._places[i]
         piece, (_, begin, end) = shard.pieces[place], shard.spans[place]
         part = whole.reshape(-1)[begin:end] if whole.dim() else whole
+        if shard.whole:
+            part = whole
         if state != MASTER:
             shard.optimizer.state[piece][state] = part.to(piece.device, copy=True)
-        elif shard.master is shard.row:
+        elif shard.whole or shard.master is shard.row:
             self.params[i].copy_(whole)
         else:
             piece.copy_(part)
@@ -498,6 +526,10 @@ class Zero:
     def _state_of(self, shards: list[Shard]) -> Iterator[tuple[str, torch.Tensor]]:
         for shard in shards:
             states = [shard.optimizer.state.get(x, {}) for x in shard.pieces]
+            if shard.whole:
+                for i, state in zip(shard.layout.indices, states, strict=True):
+                    yield from ((f"{k}.{self.names[i]}", v) for k, v in sorted(state.items()))
+                continue
             for key in sorted({k for s in states for k in s}):
                 yield from self._gather_state(shard, key, [s.get(key) for s in states])
             if shard.master is not shard.row:

@@ -160,6 +160,7 @@ def set_up(
         leaves=plan.accumulation if strict else None,
         shard=plan.shard_optimizer,
         wire=config.wire,
+        tables=config.shard_optimizer is not True,
         layout=found.meta.get("layout") if found else None,
         mesh=plan.mesh,
         timeout_s=config.timeout_s,
@@ -179,7 +180,9 @@ def set_up(
             raise UnisonoError(
                 "micro_batch_size: memory does not hold one row; " + memory_advice()
             ).on_every_rank()
-        job.plan = replace(make_plan(config, world, facts, best), bucket_mb=plan.bucket_mb)
+        found_plan = make_plan(config, world, facts, best)
+        reasons = {**plan.reasons, **found_plan.reasons}
+        job.plan = replace(found_plan, bucket_mb=plan.bucket_mb, reasons=reasons)
     screen.plan(describe(job.plan, config, world, facts))
     attempt(votes, lambda: _write_plan(job), world.is_main)
     return job
@@ -205,7 +208,8 @@ def _buckets(
     key = tuning.key_of({**asdict(facts), "replicas": world.size, "wire": config.wire}, link)
     mine = tuning.recall(cache_folder() / TUNED, key) if world.is_main else None
     recalled = votes.each(mine or 0.0)[0, 0].item()
-    if found and found.meta.get("bucket_mb"):
+    same = found and found.meta["replicas"] == world.size
+    if found and same and found.meta.get("bucket_mb"):
         (mb, tuned), why = found.meta["bucket_mb"], "as in the checkpoint"
     elif recalled:
         mb, tuned, why = recalled, True, "as an earlier run has found"

@@ -141,7 +141,7 @@ def recall(folder: Path, key: str) -> float | None:
     """The size that an earlier run found, if there was one and its file is whole."""
     try:
         found = float(json.loads((folder / f"{key}.json").read_text())["bucket_mb"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return found if LEAST_MB <= found <= MOST_MB else None
 
