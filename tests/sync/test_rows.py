@@ -1,7 +1,7 @@
 """Embeddings whose rows travel by themselves (sync/rows.py): as right as any other, and in step.
 
 Every embedding is a table here, however small. Each rank also trains a plain loop over all ranks'
-batches and compares; what a gather brings is NaN until it is waited for.
+batches and compares; what tables bring is not usable until it is waited for.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from test_zero import (
     Boom,
     adamw,
     assert_equal,
+    difference,
     hold_gathers_back,
     shard,
     take,
@@ -26,9 +27,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ranks import run_ranks
 from unisono.errors import UnisonoError
-from unisono.sync import zero
+from unisono.sync import make_strategy, zero
 from unisono.sync.digest import sha256
-from unisono.sync.rows import Table
+from unisono.sync.ledger import Group, Handle, Ledger
+from unisono.sync.shard import Shard
+from unisono.sync.update import MASTER
 from unisono.sync.zero import Zero
 
 VOCAB, DIM = 41, 9
@@ -52,7 +55,7 @@ class Text(nn.Module):
     def looked_up(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.segments(ids % 7) + self.embed(ids)
         if self.kind == "twice":
-            x = x * self.embed((ids + 1) % VOCAB).tanh() + self.embed(ids).square()
+            x = x * self.embed(((ids + 1) % VOCAB).int()).tanh() + self.embed(ids).square()
         return x + self.positions(torch.arange(ids.shape[-1]))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -60,6 +63,8 @@ class Text(nn.Module):
             x = checkpoint(self.looked_up, ids, use_reentrant=self.kind == "reentrant")
         else:
             x = self.looked_up(ids)
+        if self.kind == "partly":
+            x = x + checkpoint(self.embed, (ids + 2) % VOCAB, use_reentrant=False)
         if self.kind == "beside":
             with torch.no_grad():
                 x = x + self.embed((ids + 5) % VOCAB).mean()
@@ -76,7 +81,33 @@ def text_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def tables_on() -> None:
-    zero.TABLE_BYTES, zero.TABLE_SHARE = 0, 1.0
+    zero.TABLE_BYTES, zero.TABLE_SHARE = 0, 1e9
+
+
+def hold_back() -> None:
+    """What is gathered is NaN, and row numbers are none, until it is waited for."""
+    hold_gathers_back()
+    all_gather = Group.all_gather
+
+    class Late(Handle):
+        def __init__(self, real: Handle, target: torch.Tensor, arrived: torch.Tensor) -> None:
+            self._real, self._target, self._arrived = real, target, arrived
+            target.fill_(float("nan") if target.is_floating_point() else -1)
+
+        def done(self) -> bool:
+            return False
+
+        def wait(self) -> None:
+            self._real.wait()
+            self._target.copy_(self._arrived)
+
+    def late_gather(self: Group, whole: torch.Tensor, chunk: torch.Tensor) -> Handle:
+        if self.name not in ("sum", "rows"):
+            return all_gather(self, whole, chunk)
+        arrived = torch.empty_like(whole)
+        return Late(all_gather(self, arrived, chunk), whole, arrived)
+
+    Group.all_gather = late_gather
 
 
 def train(
@@ -94,17 +125,17 @@ def tables_of(sync: Zero) -> dict[str, bool]:
 
 def trained(world, kind: str, wire: str) -> list:
     tables_on()
-    hold_gathers_back()
+    hold_back()
     found = []
     for mine in (1, 3):
         sync, alone = shard(Text(kind), wire=wire), Alone(Text(kind))
         train(world, sync, alone, range(5), mine)
-        digest = assert_equal(sync, alone, 1e-5 if wire == "float32" else 2e-2)
-        found.append((digest, tables_of(sync)))
+        assert_equal(sync, alone, 1e-5 if wire == "float32" else 2e-2)
+        found.append((sha256(dict(sync.replicated())), tables_of(sync)))
     return found
 
 
-KINDS = ["tied", "untied", "padded", "twice", "beside"]
+KINDS = ["tied", "untied", "padded", "twice", "beside", "partly"]
 
 
 def each_kind_trained(world, wire: str) -> list[list]:
@@ -118,7 +149,8 @@ def test_rows_equal_a_plain_loop(size: int, wire: str) -> None:
     for kind, found in zip(KINDS, results[0], strict=True):
         for _, tables in found:
             assert tables.keys() == {"embed.weight", "positions.weight", "segments.weight"}
-            assert kind == "beside" or tables["embed.weight"] == (kind == "tied")
+            assert tables["embed.weight"] == (kind in ("tied", "beside", "partly"))
+            assert not tables["positions.weight"] and not tables["segments.weight"]
 
 
 @pytest.mark.parametrize("kind", ["checkpointed", "reentrant"])
@@ -128,19 +160,58 @@ def test_lookups_in_checkpointed_segments(kind: str) -> None:
         assert all(tables == {} for _, tables in found)
 
 
-def a_missing_fetch(world) -> bool:
-    """The control of the above: rows that come from this replica's old copy are noticed."""
+def a_missing_wait(world, where: str) -> bool:
+    """Returns whether a step whose sums are not waited for is noticed."""
     tables_on()
-    hold_gathers_back()
-    Table.fetch = lambda self, ids: (setattr(self, "stale", False), self.shard.weights.view(-1, self.dim)[ids].detach())[1]  # fmt: skip
-    sync, alone = shard(Text("untied")), Alone(Text("untied"))
-    train(world, sync, alone, range(1), 1)
-    with sync.micro_batch():
-        return bool(text_loss(sync.model, words(1, world.rank)).isnan())
+    hold_back()
+    sync = shard(Text("tied"))
+    take(sync, [lambda: text_loss(sync.model, words(0, world.rank))])
+    if where == "sum":
+        Shard.take_sum = lambda self: None
+    else:
+        all_gather = Group.all_gather
+
+        def no_wait(self: Group, whole: torch.Tensor, chunk: torch.Tensor) -> Handle:
+            handle = all_gather(self, whole, chunk)
+            if self.name == "rows" and whole.dtype == torch.float32:
+                handle.wait = lambda: None
+            return handle
+
+        Group.all_gather = no_wait
+    return not take(sync, [lambda: text_loss(sync.model, words(1, world.rank))]).committed
 
 
-def test_a_missing_fetch_is_noticed() -> None:
-    assert run_ranks(a_missing_fetch, 2) == [True, True]
+@pytest.mark.parametrize("where", ["sum", "rows"])
+def test_a_missing_wait_is_noticed(where: str) -> None:
+    """The control of the above."""
+    assert run_ranks(a_missing_wait, 2, where) == [True, True]
+
+
+def dense_only(world) -> str:
+    sync, alone = shard(Text("tied"), tables=False), Alone(Text("tied"))
+    train(world, sync, alone, range(4), 2)
+    assert not tables_of(sync) and not sync.layout()["tables"]
+    assert not [e for e in sync.ledger.entries if e.group in ("rows", "sum")]
+    assert dict(sync.replicated()).keys() == dict(sync.named).keys()
+    return assert_equal(sync, alone)
+
+
+def tables_switched_off(world) -> str:
+    """Also for a run that goes on from a layout with tables."""
+    tables_on()
+    hold_back()
+    first = dense_only(world)
+    sync = shard(Text("tied"))
+    take(sync, [lambda: text_loss(sync.model, words(0, world.rank))])
+    assert tables_of(sync)
+    other, alone = shard(Text("tied"), tables=False, layout=sync.layout()), Alone(Text("tied"))
+    train(world, other, alone, range(3), 1)
+    assert not tables_of(other)
+    return first + assert_equal(other, alone)
+
+
+def test_without_tables_all_is_right_too() -> None:
+    assert len(set(run_ranks(tables_switched_off, 3))) == 1
 
 
 # --- ranks that do not ask, or ask in another order
@@ -152,7 +223,7 @@ def empty(step: int, rank: int, k: int) -> torch.Tensor:
 
 def empty_batches(world) -> str:
     tables_on()
-    hold_gathers_back()
+    hold_back()
     sync, alone = shard(Text("tied")), Alone(Text("tied"))
     train(world, sync, alone, range(5), 2, empty)
     return assert_equal(sync, alone)
@@ -185,7 +256,7 @@ ORDERS = [[2, 0, 1], [0, 1, 2], [1, 2], [], [2, 1, 0], [0], [1, 1, 0, 2]]
 
 def several(world) -> str:
     tables_on()
-    hold_gathers_back()
+    hold_back()
     sync, alone = shard(Several()), Alone(Several())
     for step in range(6):
 
@@ -194,7 +265,7 @@ def several(world) -> str:
 
         take(sync, [lambda k=k: loss(sync.model, world.rank, k) for k in range(2)])
         alone.step([lambda r=r, k=k: loss(alone.model, r, k) for r in range(world.size) for k in range(2)])  # fmt: skip
-    assert list(tables_of(sync)) == [f"tables.{k}.weight" for k in (2, 0, 1)], "as first looked up"
+    assert list(tables_of(sync)) == [f"tables.{k}.weight" for k in range(3)], "on every rank alike"
     return assert_equal(sync, alone)
 
 
@@ -206,7 +277,7 @@ def test_several_tables_in_an_order_of_each_rank(size: int) -> None:
 def given_up(world, kind: str, first: int) -> str:
     """Rank 1 fails somewhere in every other step; the others are not left waiting."""
     tables_on()
-    hold_gathers_back()
+    hold_back()
     sync, alone = shard(Text(kind)), Alone(Text(kind))
 
     def fail(_: torch.Tensor) -> None:
@@ -246,7 +317,8 @@ def given_up(world, kind: str, first: int) -> str:
             sync.update(divide_by=4.0, max_norm=1.0, learning_rate=RATE)
             alone.step([lambda r=r, k=k, s=step: text_loss(alone.model, words(s, r, k)) for r in range(world.size) for k in range(2)])  # fmt: skip
         step += 1
-    assert not told or f"embedding of {VOCAB} rows: found row " in told
+    assert bool(told) == (world.rank == 1)
+    assert not told or "out of range" in told
     return assert_equal(sync, alone)
 
 
@@ -275,92 +347,150 @@ def test_a_first_step_that_failed_teaches_nothing() -> None:
     assert len(set(run_ranks(first_fails_everywhere, 2))) == 1
 
 
-def dense_later(world) -> str:
+def dense_later(world, at: int) -> str:
+    """In micro-batch `at` of two."""
     tables_on()
     sync = shard(Text("untied"))
     for step in range(2):
         take(sync, [lambda s=step: text_loss(sync.model, words(s, world.rank))])
+    told = "no error"
     try:
-        with sync.micro_batch():
-            x = F.linear(sync.model.looked_up(words(2, world.rank)), sync.model.embed.weight)
-            x.square().sum().backward()
+        for k in range(2):
+            with sync.micro_batch(last=k == 1):
+                x = sync.model.looked_up(words(2, world.rank, k))
+                if k == at:
+                    x = F.linear(x, sync.model.embed.weight)
+                x.square().sum().backward()
     except UnisonoError as error:
-        sync.finish()
-        sync.discard()
-        return str(error)
-    return "no error"
+        told = str(error)
+    sync.finish()
+    sync.discard()
+    take(sync, [lambda: text_loss(sync.model, words(3, world.rank))])
+    return told
 
 
-def test_a_table_that_is_used_otherwise_later_is_an_error() -> None:
-    for told in run_ranks(dense_later, 2):
+@pytest.mark.parametrize("at", [1, 0])
+def test_a_table_that_is_used_otherwise_later_is_an_error(at: int) -> None:
+    for told in run_ranks(dense_later, 2, at):
         assert told.startswith("embed.weight was only looked up in the first step")
         assert "shard_optimizer: false" in told
 
 
-def not_finite(world, rank: int) -> tuple[int, str] | None:
+def not_finite(world, rank: int, name: str) -> tuple[int, str] | None:
     tables_on()
-    sync, alone = shard(Text("untied")), Alone(Text("untied"))
+    hold_back()
+    sync, alone = shard(Text("tied")), Alone(Text("tied"))
     train(world, sync, alone, range(2), 1)
     sync.settle()
-    before = sha256(weights(sync.model))
+    before = sha256(dict(sync.replicated()))
 
     def loss() -> torch.Tensor:
         ids = words(9, world.rank)
         total = text_loss(sync.model, ids)
-        if world.rank == rank:
+        if world.rank == rank and name == "segments.weight":
             total = total + sync.model.segments(ids % 7).sum() * float("nan")
+        elif world.rank == rank:
+            total = total + sync.model.head.weight.sum() * float("nan")
         return total
 
     with sync.micro_batch():
         loss().backward()
-        names = [n for n, g in sync.local_gradients() if not torch.isfinite(g).all()]
-        assert names == (["segments.weight"] if world.rank == rank else [])
+        names = {n for n, g in sync.local_gradients() if not torch.isfinite(g).all()}
+        if name == "segments.weight":  # the dense half may have left
+            assert names == ({name} if world.rank == rank else set())
     sync.finish()
     assert not sync.update(divide_by=4.0, max_norm=1.0, learning_rate=RATE).committed
     found = sync.blame()
     sync.discard()
-    assert before == sha256(weights(sync.model))
+    assert before == sha256(dict(sync.replicated()))
     train(world, sync, alone, range(3, 5), 1)
     assert_equal(sync, alone)
     return found
 
 
-@pytest.mark.parametrize(("size", "rank"), [(2, 0), (2, 1), (3, 1)])
-def test_rows_that_are_not_finite_are_traced(size: int, rank: int) -> None:
-    seen = {b for b in run_ranks(not_finite, size, rank) if b is not None}
-    assert seen == {(rank, "segments.weight")}
+@pytest.mark.parametrize(
+    ("size", "rank", "name"),
+    [(2, 0, "segments.weight"), (3, 1, "segments.weight"), (2, 1, "embed.weight"), (3, 2, "embed.weight")],
+)  # fmt: skip
+def test_sums_that_are_not_finite_are_traced(size: int, rank: int, name: str) -> None:
+    seen = {b for b in run_ranks(not_finite, size, rank, name) if b is not None}
+    assert seen == {(rank, name)}
 
 
 # --- what travels, and what is kept
 
 
-def sent(world, wire: str) -> None:
-    """The formula of the file: k rows each way, less those that this rank owns itself."""
+class Lookup(nn.Module):
+    """A table of 64 rows of 16 values, and perhaps an output layer that is tied to it."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.inner, self.tied = nn.Embedding(64, 16), nn.Linear(16, 16), tied
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.inner(self.embed(ids))
+        return F.linear(x, self.embed.weight) if self.tied else x
+
+
+def sent(world, wire: str, tied: bool) -> None:
+    """The formula of the file, for 5 rows on even ranks and 4 on odd ones."""
     tables_on()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(64, 16), nn.Linear(16, 1))
-    sync = shard(model, adamw, wire=wire)
+    hold_back()
+    sync = shard(Lookup(tied), wire=wire)
+    ids = torch.tensor([[0, 1, 2, 33, 34, 0], [1, 40, 41, 63, 41, 1]])[world.rank % 2]
     for _ in range(3):
-        ids = torch.tensor([[0, 1, 2, 33, 34, 0], [1, 40, 41, 63, 41, 5]])[world.rank % 2]
         before = len(sync.ledger.entries)
-        take(sync, [lambda ids=ids: model(ids).square().sum()])
-        new = [e for e in list(sync.ledger.entries)[before:] if e.group == "rows"]
-    unique = torch.unique(ids)
-    others = int((unique // (64 // world.size) != world.rank).sum())
-    asked = [torch.unique(torch.tensor(x)) for x in ([0, 1, 2, 33, 34, 0], [1, 40, 41, 63, 41, 5])]
-    served = sum(int((a // (64 // world.size) == world.rank).sum()) for r, a in enumerate(asked * 2) if r < world.size and r != world.rank)  # fmt: skip
-    value = 4 if wire == "float32" else 2
-    counts = 8 * (world.size - 1)
-    fetched = [counts, 4 * others, 4 * 16 * served]
-    assert [e.sent_bytes for e in new] == [*fetched, counts, 4 * others, value * 16 * others]
-    assert not any(
-        e.group == "scatter" for e in list(sync.ledger.entries)[before:] if e.sent_bytes > 500
-    )
+        take(sync, [lambda: sync.model(ids).square().sum()])
+    new = list(sync.ledger.entries)[before:]
+
+    def bytes_of(group: str) -> list[int]:
+        return [e.sent_bytes for e in new if e.group == group]
+
+    value, others = 4 if wire == "float32" else 2, world.size - 1
+    assert bytes_of("rows") == [8 * others, 4 * 5 * others, value * 5 * 16 * others]
+    dense = [value * 64 * 16 * others // world.size] if tied else []
+    assert bytes_of("sum") == dense
+    inner = [b for b in bytes_of("scatter") if b not in dense]
+    assert len(inner) == len(bytes_of("scatter")) - len(dense)
+    assert inner == bytes_of("gather"), "of the table nothing is sent in the forward pass"
+    assert len(bytes_of("control")) == 1 and len(new) == 4 + 2 * len(dense) + 2 * len(inner)
 
 
-@pytest.mark.parametrize(("size", "wire"), [(2, "float32"), (2, "bfloat16"), (4, "float32")])
-def test_bytes_of_rows_are_those_of_the_formula(size: int, wire: str) -> None:
-    run_ranks(sent, size, wire)
+def every_count_of_bytes(world) -> None:
+    for wire in ("float32", "bfloat16"):
+        for tied in (False, True):
+            sent(world, wire, tied)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_bytes_are_those_of_the_formula(size: int) -> None:
+    run_ranks(every_count_of_bytes, size)
+
+
+def is_table(world, rows: int, nbytes: int) -> bool:
+    """Whether rank 0's `rows` of 64 make a table; the others touch fewer."""
+    zero.TABLE_BYTES = nbytes
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(64, 4), nn.Linear(4, 2))
+    sync = shard(model)
+    ids = torch.arange(2 if world.rank else rows).repeat(2)
+    take(sync, [lambda: model(ids).square().sum()])
+    found = tables_of(sync).keys() == {"0.weight"}
+    sync.close()
+    return found
+
+
+def limits(world) -> list[bool]:
+    most = 16 // (world.size - 1)  # a quarter of the table
+    cases = [(most, 1024), (most + 1, 1024), (most, 1025), (0, 1024)]
+    return [is_table(world, *case) for case in cases]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_few_rows_of_a_large_embedding_make_a_table(size: int) -> None:
+    """Which is what every rank receives: the rows of all others."""
+    assert run_ranks(limits, size) == [[True, False, False, True]] * size
 
 
 def kept(world) -> int:
@@ -371,9 +501,11 @@ def kept(world) -> int:
     for k in range(12):
         with sync.micro_batch(last=k == 11):
             text_loss(sync.model, words(1, world.rank, k)).backward()
+        assert all(len(t.lookups) == 1 for t in sync._tables.values())
         held = [x for t in sync._tables.values() for x in t.lookups]
         most = max(most, sum(len(x.ids) for x in held))
     sync.finish()
+    assert not any(t.lookups for t in sync._tables.values())
     return most
 
 
@@ -403,3 +535,101 @@ def test_the_layout_of_tables_is_resumed_bit_for_bit() -> None:
     again = run_ranks(resumed, 2, half[2], range(3, 6), half)[0]
     assert half[2]["tables"] and half[2]["dense"]
     assert [sha256(x) for x in whole[:2]] == [sha256(x) for x in again[:2]]
+
+
+# --- the optimizer's state
+
+
+def states(world, wire: str) -> str:
+    """Whole on every rank, once, and it stays when buckets change."""
+    tables_on()
+    hold_back()
+    sync, alone = shard(Text("tied"), wire=wire), Alone(Text("tied"))
+    for step in range(4):
+        train(world, sync, alone, range(step, step + 1), 2)
+        keys = [k for k, _ in sync.optimizer_state()]
+        assert len(keys) == len(set(keys))
+        before = sha256(dict(sync.replicated()))
+        everything = sha256({k: v.clone() for k, v in sync.optimizer_state()})
+        sync.rebucket([0.0001, 100.0, 1e-5, 0.002][step])
+        assert sha256(dict(sync.replicated())) == before
+        assert sha256({k: v.clone() for k, v in sync.optimizer_state()}) == everything
+    assert len(tables_of(sync)) == 3
+    found = {k: v.clone() for k, v in sync.optimizer_state()}
+    wanted = {
+        f"{key}.{name}": value
+        for name, p in alone.named
+        for key, value in alone.optimizer.state[p].items()
+    }
+    masters = {k for k in found if k.startswith(f"{MASTER}.")}
+    rounded = {f"{MASTER}.{n}" for n, _ in sync.named if n not in tables_of(sync)}
+    assert masters == (set() if wire == "float32" else rounded)
+    ours = {k: v for k, v in found.items() if k not in masters}
+    assert difference(ours, wanted) <= (1e-4 if wire == "float32" else 3e-2)
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in wanted.items()}
+    whole = {k for k in wanted if k.partition(".")[2] in tables_of(sync)}
+    replicated = [k for k, _ in sync.replicated()]
+    assert sorted(replicated) == sorted([*(n for n, _ in sync.named), *whole])
+    assert_equal(sync, alone, 1e-5 if wire == "float32" else 2e-2)
+    return sha256(dict(sync.replicated())) + sha256(found)
+
+
+@pytest.mark.parametrize(("size", "wire"), [(2, "float32"), (3, "bfloat16")])
+def test_the_state_of_tables_is_replicated_and_saved_once(size: int, wire: str) -> None:
+    assert len(set(run_ranks(states, size, wire))) == 1
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "exact": {"shard": False},
+    "tables": {},
+    "bfloat16": {"wire": "bfloat16"},
+    "no tables": {"tables": False},
+    "bfloat16, no tables": {"wire": "bfloat16", "tables": False},
+}
+
+
+def continued(world, variant: str, saved: Any, steps: range, resume: bool = False) -> Any:
+    """`steps` of global batches of 12, the same at any size; what a checkpoint would hold."""
+    model = Text("tied")
+    options = {"shard": True, "layout": saved[2] if saved and resume else None, **VARIANTS[variant]}
+    if saved:
+        model.load_state_dict(saved[0])
+    sync = make_strategy(
+        "exact", model, Ledger(), optimizer=adamw, bucket_mb=0.001, timeout_s=60, **options
+    )
+    if saved:
+        sync.load_optimizer_state(saved[1])
+        now = {k: v.clone() for k, v in sync.optimizer_state()}
+        for key in now.keys() & saved[1].keys():
+            assert torch.equal(now[key], saved[1][key]), key
+        for key in now.keys() ^ saved[1].keys():
+            assert key.startswith(MASTER), key
+    for step in steps:
+        g = torch.Generator().manual_seed(step)
+        ids = torch.randint(VOCAB, (12, 4), generator=g).tensor_split(world.size)[world.rank]
+        take(sync, [lambda ids=ids: text_loss(model, ids)], 12.0)
+    state = {n: t.clone() for n, t in sync.state_dict().items()}
+    return state, {k: v.clone() for k, v in sync.optimizer_state()}, sync.layout()
+
+
+def all_first_halves(world) -> dict[str, Any]:
+    tables_on()
+    saved = {v: continued(world, v, None, range(4)) for v in VARIANTS}
+    assert saved["tables"][2]["tables"] and not saved["no tables"][2]["tables"]
+    return {**saved, "uninterrupted": continued(world, "exact", None, range(8))}
+
+
+def all_second_halves(world, saved: dict[str, Any]) -> None:
+    tables_on()
+    wanted = saved["uninterrupted"][0]
+    cases = [("tables", v, False) for v in VARIANTS] + [(v, "tables", False) for v in VARIANTS]
+    cases += [("tables", "no tables", True), ("no tables", "tables", True), ("bfloat16", "bfloat16", True)]  # fmt: skip
+    cases += [("bfloat16", "tables", True), ("tables", "bfloat16", True)]
+    for first, second, resume in cases:
+        found = continued(world, second, saved[first], range(4, 8), resume)[0]
+        limit = 2e-2 if "bfloat16" in first + second else 1e-5
+        assert difference(found, wanted) <= limit, (first, second, resume)
+
+
+def test_saved_with_tables_and_continued_without_and_back() -> None:
+    run_ranks(all_second_halves, 3, run_ranks(all_first_halves, 2)[0])

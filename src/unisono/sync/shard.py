@@ -18,6 +18,10 @@ from unisono.sync.ledger import Group, Handle
 from unisono.sync.tree import HALF, tree_sum
 from unisono.sync.update import OptimizerFactory, by_dimension, step
 
+CHUNK_BYTES = 1 << 20
+"""A row that is longer travels in chunks of about this size. gloo sends 2 MB at the speed of the link,
+but both directions of 6 MB take turns for a while: 40 to 60 MB/s where the link has 62."""
+
 
 class Shard:
     """This rank's view of a bucket. `layout` says where what lies, `wire` what travels."""
@@ -37,11 +41,22 @@ class Shard:
         self._native = layout.device.type == "cuda" and wire == layout.dtype not in HALF
         rows = [r for r in range(layout.replicas) if r != rank or self._native]
         pieces = [layout.pieces(r) for r in rows]
+        size = -(-CHUNK_BYTES // wire.itemsize)
+        self._chunks = [
+            (a, min(a + size, layout.row_length)) for a in range(0, layout.row_length, size)
+        ]
+        if self._native:
+            self._chunks = [(0, layout.row_length)]
         self._parts = [
-            [(slot, *piece[k]) for slot, piece in enumerate(pieces) if piece[k][1] < piece[k][2]]
+            [(slot, *part) for slot, piece in enumerate(pieces) for part in self._cut(*piece[k])]
             for k in range(len(layout.indices))
         ]
-        self._gaps = [(slot, a, b) for slot, piece in enumerate(pieces) for a, b in self._gaps_of(piece)]  # fmt: skip
+        self._gaps = [
+            (slot, chunk, at, at + end - begin)
+            for slot, piece in enumerate(pieces)
+            for a, b in self._gaps_of(piece)
+            for chunk, at, begin, end in self._cut(a, 0, b - a)
+        ]
         self.spans = layout.pieces(rank)
         self.gather: Handle | None = None
         self._changes: torch.Tensor | None = None
@@ -76,14 +91,17 @@ class Shard:
         self.pending = len(self.layout.indices) if self.sends_gradients else 0
         """Parameters that the communicating backward pass has yet to reach."""
         self.sent = False
-        self.scatter: Handle | None = None
-        self._outgoing: torch.Tensor | None = None
-        self._received: torch.Tensor | None = None
+        self._scatters: list[Handle] = []
+        self._outgoing: list[torch.Tensor] = []
+        """By chunk, [rows that travel, length of the chunk]."""
+        self._received: list[torch.Tensor] = []
+        self._row: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         """[row_length], the sum over ranks of this rank's part, once it is there."""
         self.sums: torch.Tensor | None = None
         """[replicas, row_length], where the shard is whole."""
-        self._returning: Handle | None = None
+        self._returning: list[Handle] = []
+        self._returned: list[torch.Tensor] = []
         self.norm = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         """Of this rank's part of the sum."""
 
@@ -91,11 +109,10 @@ class Shard:
 
     def pack(self, place: int, gradient: torch.Tensor) -> None:
         """Put the other ranks' parts of a complete gradient where they leave from."""
-        if self._outgoing is None:
-            self._outgoing = self._empty()
+        outgoing = self._outgoing = self._outgoing or self._empty()
         flat = gradient.reshape(-1)
-        for slot, at, begin, end in self._parts[place]:
-            self._outgoing[slot, at : at + end - begin].copy_(flat[begin:end])
+        for slot, chunk, at, begin, end in self._parts[place]:
+            outgoing[chunk][slot, at : at + end - begin].copy_(flat[begin:end])
         self.missing.discard(place)
 
     def send(self, group: Group) -> None:
@@ -103,51 +120,53 @@ class Shard:
         self.sent = True
         if not self.sends_gradients:
             return
-        if self._outgoing is None:
-            self._outgoing = self._empty()
+        outgoing = self._outgoing = self._outgoing or self._empty()
         for place in self.missing:
-            for slot, at, begin, end in self._parts[place]:
-                self._outgoing[slot, at : at + end - begin].zero_()
-        if self._native:
-            self._received = torch.empty_like(self._outgoing[:1])
-            self.scatter = group.reduce_scatter(self._received, self._outgoing)
-            return
-        self._received = torch.empty_like(self._outgoing)
-        lengths = [0 if r == self.rank else self.layout.row_length for r in range(group.size)]
-        self.scatter = group.all_to_all_rows(
-            self._received.view(-1), self._outgoing.view(-1), lengths, lengths
-        )
+            for slot, chunk, at, begin, end in self._parts[place]:
+                outgoing[chunk][slot, at : at + end - begin].zero_()
+        # Of one other rank, the chunks are one row.
+        row = torch.empty(self.layout.row_length, dtype=self.wire, device=self.layout.device)
+        self._row = row if self.layout.replicas == 2 or self._native else None
+        for (a, b), rows in zip(self._chunks, outgoing, strict=True):
+            if self._native:
+                received = row[a:b].unsqueeze(0)
+                self._scatters.append(group.reduce_scatter(received, rows))
+            else:
+                received = (
+                    row[a:b].unsqueeze(0) if self._row is not None else torch.empty_like(rows)
+                )
+                lengths = [0 if r == self.rank else rows.shape[1] for r in range(group.size)]
+                self._scatters.append(
+                    group.all_to_all_rows(received.view(-1), rows.view(-1), lengths, lengths)
+                )
+            self._received.append(received)
 
     def arrived(self) -> bool:
-        return self.scatter is None or self.scatter.done()
+        return all(handle.done() for handle in self._scatters)
 
     def add_up(self, gradients: Sequence[torch.Tensor | None]) -> int | None:
         """Wait, and add this rank's part of its own `gradients` in the order of the fixed tree.
 
         Returns the rank whose contribution is not finite, where the sum is not and it is known.
         """
-        if self.scatter is not None:
-            self.scatter.wait()
-        received, self._received, self._outgoing = self._received, None, None
-        if received is None:
-            self.total = torch.zeros(
-                self.layout.row_length, dtype=self.layout.dtype, device=self.layout.device
-            )
-        elif self._native:
-            self.total = received[0]
-        elif self.layout.replicas == 2:
-            self.total = received[0].to(self.layout.dtype)
-            self._add_own(self.total, gradients)
+        for handle in self._scatters:
+            handle.wait()
+        received = self._received
+        self._scatters, self._received, self._outgoing = [], [], []
+        layout = self.layout
+        if self._row is not None:
+            self.total, self._row = self._row.to(layout.dtype), None
+            if not self._native:
+                self._add_own(self.total, gradients)
         else:
-            own = torch.zeros(
-                self.layout.row_length, dtype=self.layout.dtype, device=self.layout.device
-            )
-            self._add_own(own, gradients)
-            rows = list(received)
-            if self.wire in HALF:
-                rows, own = [row.float() for row in rows], own.float()
-            self.total = tree_sum([*rows[: self.rank], own, *rows[self.rank :]])
-            self.total = self.total.to(self.layout.dtype)
+            self.total = torch.zeros(layout.row_length, dtype=layout.dtype, device=layout.device)
+            self._add_own(self.total, gradients)
+            for (a, b), rows in zip(self._chunks if received else [], received, strict=True):
+                own = self.total[a:b]
+                pieces = [*rows[: self.rank], own, *rows[self.rank :]]
+                if self.wire in HALF:
+                    pieces = [piece.float() for piece in pieces]
+                own.copy_(tree_sum(pieces))
         self.look()
         if self.norm.is_cuda or self.is_finite:  # on a GPU, looking would wait for it
             return None
@@ -155,28 +174,47 @@ class Shard:
             return self.rank
         others = [r for r in range(self.layout.replicas) if r != self.rank]
         # The tree adds into its first rows; the last ones are, or contain, single ranks' own.
-        for r, row in reversed(list(zip(others, [] if received is None else received, strict=False))):  # fmt: skip
-            if not torch.isfinite(row).all():
-                return r
+        for rows in received:
+            for r, row in reversed(list(zip(others, rows, strict=True))):
+                if not torch.isfinite(row).all():
+                    return r
         return None
 
-    def return_sum(self, group: Group) -> None:
-        """Collective: start the way of a whole shard's sum to all ranks, rounded for all alike."""
+    def return_next(self, group: Group, wait: bool) -> bool:
+        """Collective: start the way of the next chunk of a whole shard's sum to all ranks.
+
+        Rounded for all alike. Does nothing, and says so with False, when all are on their way or,
+        unless `wait`, while the one before is.
+        """
         assert self.total is not None
-        row = self.total.to(self.wire)
-        self.sums = row.new_empty(self.layout.replicas, self.layout.row_length)
-        if self.sends_gradients:
-            self._returning = group.all_gather(self.sums, row)
-        else:
-            self.sums.zero_()
+        if self.sums is None:
+            self.sums = self.total.new_zeros(self.layout.replicas, self.layout.row_length)
+        done = len(self._returning)
+        if done == len(self._chunks) or not self.sends_gradients:
+            return False
+        if done and not wait and not self._returning[-1].done():
+            return False
+        a, b = self._chunks[done]
+        mine = self.total[a:b].to(self.wire)
+        chunk = mine.new_empty(self.layout.replicas, b - a)
+        self._returning.append(group.all_gather(chunk, mine))
+        self._returned.append(chunk)
+        return True
+
+    @property
+    def is_returning(self) -> bool:
+        """Whether a chunk is still to be sent."""
+        return self.sends_gradients and len(self._returning) < len(self._chunks)
 
     def take_sum(self) -> None:
-        """Wait for it."""
-        if self._returning is not None:
-            self._returning.wait()
-            self._returning = None
+        """Wait for all of it."""
         assert self.sums is not None
-        self.sums = self.sums.to(self.layout.dtype)
+        for (a, b), handle, chunk in zip(
+            self._chunks if self._returning else [], self._returning, self._returned, strict=True
+        ):
+            handle.wait()
+            self.sums[:, a:b] = chunk
+        self._returning, self._returned = [], []
 
     def whole_sum(self) -> torch.Tensor:
         """The sum of the only parameter of a whole shard, in its shape."""
@@ -219,13 +257,23 @@ class Shard:
             if g is not None and begin < end:
                 row[at : at + end - begin].add_(g.reshape(-1)[begin:end])
 
-    def _empty(self) -> torch.Tensor:
+    def _empty(self) -> list[torch.Tensor]:
         rows = self.layout.replicas - (not self._native)
-        result = torch.empty(
-            rows, self.layout.row_length, dtype=self.wire, device=self.layout.device
-        )
-        for slot, begin, end in self._gaps:
-            result[slot, begin:end].zero_()
+        result = [
+            torch.empty(rows, b - a, dtype=self.wire, device=self.layout.device)
+            for a, b in self._chunks
+        ]
+        for slot, chunk, begin, end in self._gaps:
+            result[chunk][slot, begin:end].zero_()
+        return result
+
+    def _cut(self, at: int, begin: int, end: int) -> list[tuple[int, int, int, int]]:
+        """(chunk, at, begin, end) for each chunk in which elements `begin` to `end`, from `at`, lie."""
+        result = []
+        for k, (a, b) in enumerate(self._chunks):
+            low, high = max(a, at), min(b, at + end - begin)
+            if low < high:
+                result.append((k, low - a, begin + low - at, begin + high - at))
         return result
 
     def _gaps_of(self, pieces: list[tuple[int, int, int]]) -> list[tuple[int, int]]:

@@ -145,6 +145,8 @@ class Zero:
             shard.reset()
             shard.total, shard.sums, shard.norm = kept  # for `update`
         self._num_sent = self._num_summed = 0
+        self._returns_sum: list[Shard] = []
+        """Whole shards whose sum is on its way to all ranks, or waits for its turn."""
         self._used = [False] * len(self.params)
         self._reached = [False] * len(self.params)
 
@@ -391,7 +393,7 @@ class Zero:
         while self._num_summed < self._num_sent:
             shard = self._shards[self._num_summed]
             if not (wait or shard.arrived()):
-                return
+                break
             params = [self.params[i] for i in shard.layout.indices]
             culprit = shard.add_up([p.grad for p in params])
             if culprit is not None and self._culprit is None:
@@ -400,8 +402,15 @@ class Zero:
                 for p in params:
                     p.grad = None
             if shard.whole:
-                shard.return_sum(self._returned_sums)
+                self._returns_sum.append(shard)
             self._num_summed += 1
+        # Not urgent: in the gaps that the gradients of other shards leave, and at the end.
+        while self._returns_sum and (wait or self._num_sent - self._num_summed <= 2):
+            if self._returns_sum[0].return_next(self._returned_sums, wait):
+                continue
+            if not wait and self._returns_sum[0].is_returning:
+                break
+            self._returns_sum.pop(0)
 
     def _square_of_sums(self) -> float:
         norms = torch.stack([s.norm for s in self._shards]) if self._shards else torch.zeros(0)
