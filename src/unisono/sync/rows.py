@@ -61,6 +61,9 @@ class Table:
     ) -> torch.Tensor:
         """`F.embedding(ids, weight, padding_idx)`, with a leaf of its own."""
         unique, inverse = torch.unique(ids, return_inverse=True)
+        if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < len(weight):
+            bad = int(unique[0]) if int(unique[0]) < 0 else int(unique[-1])
+            raise IndexError(f"index out of range: an embedding of {len(weight)} rows has no {bad}")
         leaf = F.embedding(unique, weight.detach()).requires_grad_()
         self.lookups.append(Lookup(unique, leaf))
         padding = None

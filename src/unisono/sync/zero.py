@@ -356,14 +356,14 @@ class Zero:
         if self._reached[i]:
             refuse_second(self.names[i])
         self._used[i] = True
-        if not self._last:
-            return
         shard, place = self._places[i]
         if not shard.sends_gradients:
             raise UnisonoError(
                 f"{self.names[i]} was only looked up in the first step, but has another use now; "
-                f"write shard_optimizer: false"
+                f"write shard_optimizer: true"
             )
+        if not self._last:
+            return
         with self.ledger.clock("communication"):
             self._reached[i] = True
             assert param.grad is not None
