@@ -23,6 +23,7 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/efficiency.py
+	$(BIN)/python benchmarks/links.py --json benchmarks/results/links.json
 
 drill: $(VENV)/.dev
 	$(BIN)/pytest -m slow --durations=10

@@ -19,8 +19,9 @@ from unisono.sync.tree import HALF, tree_sum
 from unisono.sync.update import OptimizerFactory, by_dimension, step
 
 CHUNK_BYTES = 1 << 20
-"""A row that is longer travels in chunks of about this size. gloo sends 2 MB at the speed of the link,
-but both directions of 6 MB take turns for a while: 40 to 60 MB/s where the link has 62."""
+"""A row that is longer travels in chunks of about this size, or of half a bucket if that is more. gloo
+sends 2 MB at the speed of the link, but both directions of 6 MB take turns for a while: 40 to 60 MB/s
+where the link has 62."""
 
 
 class Shard:
@@ -34,6 +35,7 @@ class Shard:
         factory: OptimizerFactory,
         wire: torch.dtype,
         whole: bool = False,
+        bucket_bytes: int = 0,
     ) -> None:
         self.layout, self.wire, self.rank, self.whole = layout, wire, rank, whole
         self.sends_gradients = True
@@ -41,7 +43,7 @@ class Shard:
         self._native = layout.device.type == "cuda" and wire == layout.dtype not in HALF
         rows = [r for r in range(layout.replicas) if r != rank or self._native]
         pieces = [layout.pieces(r) for r in rows]
-        size = -(-CHUNK_BYTES // wire.itemsize)
+        size = -(-max(CHUNK_BYTES, bucket_bytes // 2) // wire.itemsize)
         self._chunks = [
             (a, min(a + size, layout.row_length)) for a in range(0, layout.row_length, size)
         ]

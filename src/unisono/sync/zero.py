@@ -492,7 +492,9 @@ class Zero:
             layout = Layout(group, self.replicas)
             wire = self._wire if self._wire and p.dtype == torch.float32 else p.dtype
             own = [p for _, p in group]
-            shard = Shard(layout, own, self.rank, self._factory, wire, whole=index in tables)
+            shard = Shard(
+                layout, own, self.rank, self._factory, wire, index in tables, self.bucket_bytes
+            )
             shard.sends_gradients = index not in tables or index in dense
             if shard.whole:
                 self._tables[index] = Table(shard)
