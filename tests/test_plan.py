@@ -146,7 +146,7 @@ def test_bytes_and_memory_by_hand() -> None:
 
 
 def test_the_optimizer_is_on_shards_where_that_pays() -> None:
-    large = replace(FACTS, gradient_bytes=2 << 20)
+    large = replace(FACTS, gradient_bytes=32 << 20)
     assert planned(2, facts=large).shard_optimizer
     assert not planned(2).shard_optimizer
     assert not planned(1, facts=large).shard_optimizer
@@ -178,7 +178,7 @@ def test_what_does_not_combine_is_refused(changes: dict, told: str) -> None:
 
 def test_the_shown_plan_gives_each_number_its_reason() -> None:
     config, world = asked(base_batch_size=8), World(size=2, threads=3)
-    plan = make_plan(config, world, replace(FACTS, gradient_bytes=2 << 20), 4)
+    plan = make_plan(config, world, replace(FACTS, gradient_bytes=32 << 20), 4)
     rows = {what: (value, reason) for what, value, reason in describe(plan, config, world, FACTS)}
     assert rows["replicas"] == ("2 on CPU", "sync exact, optimizer on shards, 3 threads each")
     assert rows["global batch"][0] == "32 x 1024 = 32,768 tokens"
