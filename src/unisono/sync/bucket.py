@@ -4,7 +4,6 @@ A bucket is a matrix of one row for each rank; rank r owns row r. Parameters lie
 another, each at a multiple of ALIGN bytes, with zeros between and behind them.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -20,10 +19,8 @@ ALIGN = 64
 class Layout:
     """Where the parameters of a bucket lie. Holds no memory."""
 
-    def __init__(
-        self, params: Sequence[tuple[int, Parameter]], replicas: int, row_of: int = 1
-    ) -> None:
-        """`params`: (index in the model's order, parameter). Rows hold multiples of `row_of`."""
+    def __init__(self, params: Sequence[tuple[int, Parameter]], replicas: int) -> None:
+        """`params`: (index in the model's order, parameter)."""
         first = params[0][1]
         self.dtype, self.device, self.replicas = first.dtype, first.device, replicas
         step = ALIGN // first.element_size()
@@ -34,8 +31,7 @@ class Layout:
         for _, p in params:
             self.offsets.append(end)
             end += -(-p.numel() // step) * step
-        unit = math.lcm(step, row_of)
-        self.row_length = -(-end // (replicas * unit)) * unit
+        self.row_length = -(-end // (replicas * step)) * step
         self.size = replicas * self.row_length
 
     def cut(self, flat: torch.Tensor) -> list[torch.Tensor]:

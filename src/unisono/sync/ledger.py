@@ -91,16 +91,22 @@ class Group:
     in an order that depends on timing belongs in a group of its own.
     """
 
-    def __init__(self, name: str, ledger: Ledger, timeout_s: float) -> None:
-        """Collective: makes a process group of all ranks."""
+    def __init__(
+        self,
+        name: str,
+        ledger: Ledger,
+        timeout_s: float,
+        existing: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Collective: makes a process group of all ranks, unless there is an `existing` one."""
         self.name, self.ledger = name, ledger
-        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.size, self.rank = dist.get_world_size(existing), dist.get_rank(existing)
         self._sequence = 0
         # Weak: torch's own reference is the only one, so that leaving the replicas ends the group's
         # threads. One that still ran while the interpreter shuts down would abort the process.
         self._reference: weakref.ref[dist.ProcessGroup] | None = None
         if self.size > 1:
-            group = dist.new_group(timeout=timedelta(seconds=timeout_s))
+            group = existing or dist.new_group(timeout=timedelta(seconds=timeout_s))
             self._reference = weakref.ref(group)
 
     def _issue(self, operation: str, sent_bytes: int, call: Any) -> Handle:
@@ -200,10 +206,6 @@ class Group:
     @property
     def _group(self) -> dist.ProcessGroup | None:
         return self._reference() if self._reference else None
-
-    @_group.setter
-    def _group(self, group: dist.ProcessGroup) -> None:
-        self._reference = weakref.ref(group)
 
     def close(self) -> None:
         """Collective: end the process group. Every collective must have been waited for."""

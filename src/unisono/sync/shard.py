@@ -92,7 +92,6 @@ class Shard:
         """Places of the parameters that have no gradient on this rank yet."""
         self.pending = len(self.layout.indices) if self.sends_gradients else 0
         """Parameters that the communicating backward pass has yet to reach."""
-        self.sent = False
         self._scatters: list[Handle] = []
         self._outgoing: list[torch.Tensor] = []
         """By chunk, [rows that travel, length of the chunk]."""
@@ -119,24 +118,22 @@ class Shard:
 
     def send(self, group: Group) -> None:
         """Collective: start the way of all packed gradients; those that are missing are zeros."""
-        self.sent = True
         if not self.sends_gradients:
             return
         outgoing = self._outgoing = self._outgoing or self._empty()
         for place in self.missing:
             for slot, chunk, at, begin, end in self._parts[place]:
                 outgoing[chunk][slot, at : at + end - begin].zero_()
-        # Of one other rank, the chunks are one row.
-        row = torch.empty(self.layout.row_length, dtype=self.wire, device=self.layout.device)
-        self._row = row if self.layout.replicas == 2 or self._native else None
+        if self.layout.replicas == 2 or self._native:  # what comes is one row
+            self._row = torch.empty(
+                self.layout.row_length, dtype=self.wire, device=self.layout.device
+            )
         for (a, b), rows in zip(self._chunks, outgoing, strict=True):
+            one = None if self._row is None else self._row[a:b].unsqueeze(0)
+            received = torch.empty_like(rows) if one is None else one
             if self._native:
-                received = row[a:b].unsqueeze(0)
                 self._scatters.append(group.reduce_scatter(received, rows))
             else:
-                received = (
-                    row[a:b].unsqueeze(0) if self._row is not None else torch.empty_like(rows)
-                )
                 lengths = [0 if r == self.rank else rows.shape[1] for r in range(group.size)]
                 self._scatters.append(
                     group.all_to_all_rows(received.view(-1), rows.view(-1), lengths, lengths)

@@ -59,9 +59,6 @@ from unisono.sync.update import (
     step,
 )
 
-# torch 2.13 renames it; the new name has the same signature.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 UNDER_WAY = 2
 """Blocks whose sums may be under way at once; each holds its gradients twice."""
 _ORDER = 1 << 20
@@ -96,8 +93,8 @@ class Sharded:
         axes = _mesh(mesh, self._control.size)
         device = _device(named[0][1])
         ranks = init_device_mesh(device, axes, mesh_dim_names=("replica", "shard"))
-        self._replica = _Axis("replica", ledger, ranks.get_group("replica"))
-        self._shard = _Axis("shard", ledger, ranks.get_group("shard"))
+        self._replica = Group("replica", ledger, timeout_s, ranks.get_group("replica"))
+        self._shard = Group("shard", ledger, timeout_s, ranks.get_group("shard"))
         self._traffic = _Traffic(self._shard, self._replica, at_once=device != "cpu")
         self._order = 0
         self._used: set[str] = set()
@@ -380,24 +377,6 @@ def _mesh(mesh: Sequence[int] | None, size: int) -> tuple[int, int]:
     return replica, shard
 
 
-class _Axis(Group):
-    """The ranks along one axis of the mesh; the mesh owns their process group."""
-
-    def __init__(self, name: str, ledger: Ledger, group: Any) -> None:
-        self.name, self.ledger = name, ledger
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self._sequence = 0
-        self._group = group
-
-    def reduce_scatter(self, output: torch.Tensor, sent: torch.Tensor) -> Handle:
-        """Collective: `output` becomes this rank's chunk of the sum of `sent` over ranks."""
-        return self._issue(
-            "reduce-scatter",
-            sent.nbytes * (self.size - 1) // self.size,
-            lambda: _reduce_scatter(output, sent, group=self._group, async_op=True),
-        )
-
-
 @dataclass(slots=True)
 class _Sum:
     output: torch.Tensor
@@ -409,7 +388,7 @@ class _Sum:
 class _Traffic:
     """What is under way while a step computes: gradient sums, until `complete`."""
 
-    def __init__(self, shard: _Axis, replica: _Axis, at_once: bool) -> None:
+    def __init__(self, shard: Group, replica: Group, at_once: bool) -> None:
         self.shard, self.replica = shard, replica
         self.at_once = at_once
         """A GPU's streams overlap by themselves; there only the stream waits."""
