@@ -330,14 +330,25 @@ class Unisono(System):
 
         strategy, options = self._make
         self.module = model
-        if self._bucket_mb is None:  # as `bucket_mb: auto` begins
-            link = measure_link(Group("probe", Ledger(), 300.0), "cpu")
-            total = sum(p.numel() * p.element_size() for p in model.parameters())
-            self._bucket_mb = link.bucket_mb(total) if link else 4.0
-        options["bucket_mb"] = self._bucket_mb
+        group = Group("probe", Ledger(), 300.0)
+        total = sum(p.numel() * p.element_size() for p in model.parameters())
+        link = measure_link(group, "cpu")
+        assert link is not None
+        if options.get("shard") == "auto":  # as `shard_optimizer: auto` decides
+            step_s = float(group.each(self._seconds_alone(model, job, group.rank)).min())
+            options["shard"] = not link.hides_whole(total, group.size, step_s)
+        options["bucket_mb"] = self._bucket_mb or link.bucket_mb(total)  # as `auto` begins
         self.sync = make_strategy(
             strategy, model, Ledger(), optimizer=optimizer, timeout_s=300.0, **options
         )
+
+    def _seconds_alone(self, model: nn.Module, job: Job, rank: int) -> float:
+        from unisono.train.trial import seconds_of_pass
+
+        def run(rows: int) -> None:
+            loss_of(model, job.batches(rank, 0)[0], "sum").backward()
+
+        return seconds_of_pass(run, job.batch, model, "cpu") * job.accumulation
 
     def step(self, batches: list[Batch]) -> None:
         for k, batch in enumerate(batches):
@@ -364,7 +375,8 @@ SYSTEMS: dict[str, Any] = {
     "fabric": Fabric,
     "deepspeed-zero1": partial(DeepSpeed, 1, **ZERO_OPTIONS),
     "deepspeed-zero2": partial(DeepSpeed, 2, **ZERO_OPTIONS),
-    "exact": partial(Unisono, "exact", shard=True),
+    "exact": partial(Unisono, "exact", shard="auto"),
+    "exact-shards": partial(Unisono, "exact", shard=True),
     "exact-whole": partial(Unisono, "exact"),
     "exact-bf16": partial(Unisono, "exact", wire="bfloat16", shard=True),
     "sharded": partial(Unisono, "sharded"),

@@ -154,6 +154,11 @@ def test_the_optimizer_is_on_shards_where_that_pays() -> None:
     assert not planned(2, facts=large, determinism="strict").shard_optimizer
     assert not planned(2, facts=large, sync="ddp").shard_optimizer
     assert planned(2, wire="bfloat16").shard_optimizer
+    fast = replace(large, hides_whole=True)
+    assert not planned(2, facts=fast).shard_optimizer
+    assert "fast link" in planned(2, facts=fast).reasons["shard_optimizer"]
+    assert planned(2, facts=fast, shard_optimizer=True).shard_optimizer
+    assert planned(2, facts=fast, wire="bfloat16").shard_optimizer
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ class Facts:
     gradient_bytes: int
     train_samples: int
     eval_samples: int
+    hides_whole: bool = False
+    """Measured here: whole gradients travel in a small part of a step's compute, and memory is ample."""
 
 
 @dataclass(frozen=True)
@@ -205,9 +207,11 @@ def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, st
             "(the order of the norm's sum would depend on the number of replicas)"
         ).on_every_rank()
     few = facts.gradient_bytes < SHARD_BYTES and config.wire == "float32" and asked == "auto"
-    if strict or n == 1 or few or asked is False or config.sync != "exact":
+    fast = facts.hides_whole and config.wire == "float32" and asked == "auto"
+    if strict or n == 1 or few or fast or asked is False or config.sync != "exact":
         why = "few bytes" if few else "as given" if asked is False else "alone" if n == 1 else ""
-        reasons["shard_optimizer"] = "strict" if strict else why or config.sync
+        why = why or ("fast link" if fast else config.sync)
+        reasons["shard_optimizer"] = "strict" if strict else why
         return False
     reasons["shard_optimizer"] = f"1/{n} of the optimizer's memory and time on each replica"
     return True

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,8 +41,35 @@ def test_the_size_grows_with_latency_speed_and_bytes() -> None:
     assert Link(1e-3, 1e9).bucket_mb(1 << 30) == pytest.approx(
         math.sqrt(2**30 * 1e6) / 2**20, abs=0.1
     )
+    # What a collective costs in the midst of a step counts like latency.
+    assert Link(1e-3, 1e9, busy_s=3e-3).bucket_mb(1 << 30) == pytest.approx(
+        2 * math.sqrt(2**30 * 1e6) / 2**20, abs=0.1
+    )
     assert Link(1e-9, 1e3).bucket_mb(1) == 1.0
     assert Link(10.0, 1e12).bucket_mb(1 << 40) == 64.0
+
+
+def test_whole_gradients_hide_where_the_wire_is_a_small_part_of_the_compute() -> None:
+    link = Link(1e-4, 1e9)
+    # Two replicas send S bytes each of S gradients, four send 3/2 S: 0.1 and 0.15 s of 100 MB.
+    assert link.hides_whole(10**8, 2, 1.0) and not link.hides_whole(10**8, 2, 0.99)
+    assert link.hides_whole(10**8, 4, 1.5) and not link.hides_whole(10**8, 4, 1.49)
+
+
+def policies(world) -> tuple[int, set[int]]:
+    """Scheduling of the main thread, and of the threads that a group of ours brought."""
+    tasks = Path("/proc/self/task")
+    before = {t.name for t in tasks.iterdir()}
+    group = Group("own", Ledger(), 60)
+    group.barrier()
+    mine = [t for t in tasks.iterdir() if t.name not in before]
+    gloos = {os.sched_getscheduler(int(t.name)) for t in mine if "gloo" in (t / "comm").read_text()}
+    return os.sched_getscheduler(0), gloos
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
+def test_gloos_threads_yield_to_compute() -> None:
+    assert run_ranks(policies, 2) == [(os.SCHED_OTHER, {os.SCHED_BATCH})] * 2
 
 
 RANK = """

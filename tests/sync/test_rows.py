@@ -380,6 +380,34 @@ def test_a_table_that_is_used_otherwise_later_is_an_error(at: int) -> None:
         assert "shard_optimizer: true" in told
 
 
+def looked_up_late(world) -> tuple[str, str]:
+    """Two backward passes in the last micro-batch; the rows were told to all in the first."""
+    tables_on()
+    sync = shard(Text("untied"))
+    take(sync, [lambda: text_loss(sync.model, words(0, world.rank))])
+    told = []
+    for _ in range(2):
+        before = sha256(dict(sync.replicated()))
+        try:
+            with sync.micro_batch(last=True):
+                text_loss(sync.model, words(1, world.rank)).backward()
+                sync.model.looked_up(words(2, world.rank)).square().sum().backward()
+            told.append("no error")
+        except UnisonoError as error:
+            told.append(str(error))
+        sync.finish()
+        sync.discard()
+        assert before == sha256(dict(sync.replicated()))
+    take(sync, [lambda: text_loss(sync.model, words(3, world.rank))])
+    return told[0], told[1]
+
+
+def test_a_lookup_after_the_rows_were_told_is_refused() -> None:
+    for told in run_ranks(looked_up_late, 2):
+        for text in told:
+            assert "several backward passes in one" in text, text
+
+
 def not_finite(world, rank: int, name: str) -> tuple[int, str] | None:
     tables_on()
     hold_back()

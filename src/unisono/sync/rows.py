@@ -3,15 +3,16 @@
 A tied embedding is the worst parameter to synchronize: its gradient is complete only when the
 backward pass ends, and the forward pass needs its weights first of all. But both is true of its
 input half alone, the lookup. So the lookup gets a leaf of its own, the rows of this micro-batch, and
-their gradients go to all replicas when the backward pass has ended. The other half (the output
-layer) is a dense and early gradient, whose sum returns to all replicas while the backward pass goes
-on. Then every replica steps the whole table itself, and nothing of it need return in the forward
-pass. The price is that its optimizer state is on every replica.
+their gradients go to all replicas when the backward pass has ended; which rows they are is told while
+it runs. The other half (the output layer) is a dense and early gradient, whose sum returns to all
+replicas while the backward pass goes on. Then every replica steps the whole table itself, and nothing
+of it need return in the forward pass. The price is that its optimizer state is on every replica.
 
 Bytes sent by each rank for k rows of d values: k d (n-1) values and k (n-1) row numbers, padded to the
 k of the rank that has most; of the dense half 2 V d (n-1)/n values for a table of V rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,18 +36,6 @@ class Lookup:
     @property
     def gradient(self) -> torch.Tensor | None:
         return self.leaf.grad if self.leaf is not None else self.summed
-
-
-@dataclass
-class Rows:
-    """Gradients of all replicas' rows, under way."""
-
-    counts: list[int]
-    ids: torch.Tensor
-    """int32 [replicas, most]."""
-    gradients: torch.Tensor
-    """[replicas, most, d]."""
-    handles: list[Handle]
 
 
 @dataclass
@@ -85,43 +74,19 @@ class Table:
             self.lookups = [Lookup(ids, summed=total)] if used else []
 
     @torch.no_grad()
-    def send(self, group: Group) -> Rows:
-        """Collective: start the way of this rank's rows to all others, and of theirs here."""
-        ids, gradients = self._own()
+    def numbers(self) -> torch.Tensor:
+        """int64 [k]: the rows that this rank has looked up in this step, ascending, each once."""
+        ids = [x.ids for x in self.lookups]
+        return ids[0] if len(ids) == 1 else torch.unique(torch.cat(ids or [torch.empty(0).long()]))
+
+    def gradients(self, numbers: torch.Tensor, most: int) -> torch.Tensor:
+        """[most, d] in the type on the wire: of the rows `numbers`, then zeros. Forgets them here."""
+        dim = self.shard.layout.shapes[0][1]
+        result = torch.zeros(most, dim, dtype=self.shard.wire)
+        ids, total = self._own()
+        result[torch.searchsorted(numbers, ids)] = total.to(result.dtype)
         self.lookups.clear()
-        counts = [int(c) for c in group.each(float(len(ids)))[:, 0].tolist()]
-        most, dim = max(counts), gradients.shape[1]
-        mine = gradients.new_zeros(most, dim, dtype=self.shard.wire)
-        mine[: len(ids)] = gradients
-        numbers = torch.zeros(most, dtype=torch.int32)
-        numbers[: len(ids)] = ids
-        rows = Rows(
-            counts, numbers.new_empty(group.size, most), mine.new_empty(group.size, most, dim), []
-        )
-        if most:
-            rows.handles = [
-                group.all_gather(rows.ids, numbers),
-                group.all_gather(rows.gradients, mine),
-            ]
-        return rows
-
-    @torch.no_grad()
-    def add(self, rows: Rows) -> int | None:
-        """Wait, and add all replicas' rows to the table's sum, in rank order on every replica.
-
-        Returns the first rank whose rows are not finite.
-        """
-        for handle in rows.handles:
-            handle.wait()
-        total = self.shard.whole_sum()
-        culprit = None
-        for rank, count in enumerate(rows.counts):
-            gradients = rows.gradients[rank, :count].to(total.dtype)
-            # Each row once: any order of additions is one.
-            total.index_add_(0, rows.ids[rank, :count].long(), gradients)
-            if culprit is None and not torch.isfinite(gradients).all():
-                culprit = rank
-        return culprit
+        return result
 
     def _own(self) -> tuple[torch.Tensor, torch.Tensor]:
         found = [(x.ids, g) for x in self.lookups if (g := x.gradient) is not None]
@@ -135,3 +100,62 @@ class Table:
         total = torch.zeros(len(ids), dim, dtype=dtype)
         total.index_add_(0, inverse, torch.cat([g for _, g in found]))
         return ids, total
+
+
+class Rows:
+    """What was looked up by all replicas in one step, on its way: counts, then numbers, then gradients.
+
+    The first two travel while the backward pass runs. No lookup may follow once it is made.
+    """
+
+    def __init__(self, tables: Sequence[Table], group: Group) -> None:
+        """Collective: tell the others how many rows of each table this rank has."""
+        self._tables, self._group = tables, group
+        self._mine = [table.numbers() for table in tables]
+        counts = torch.tensor([len(ids) for ids in self._mine], dtype=torch.int64)
+        self._counts = counts.new_empty(group.size, len(tables))
+        self._told = group.all_gather(self._counts, counts)
+        self._numbers: list[torch.Tensor] = []
+        """By table, int32 [replicas, most]."""
+        self._gradients: list[torch.Tensor] = []
+        self._handles: list[Handle] = []
+
+    def advance(self, wait: bool = False) -> None:
+        """Collective: send the numbers off once all counts are there."""
+        if self._numbers or not (wait or self._told.done()):
+            return
+        self._told.wait()
+        for mine, most in zip(self._mine, self._counts.amax(dim=0).tolist(), strict=True):
+            padded = torch.zeros(most, dtype=torch.int32)
+            padded[: len(mine)] = mine
+            self._numbers.append(padded.new_empty(self._group.size, most))
+            if most:
+                self._handles.append(self._group.all_gather(self._numbers[-1], padded))
+
+    def send(self) -> None:
+        """Collective: the gradients follow, once the backward pass is over."""
+        self.advance(wait=True)
+        for table, mine, numbers in zip(self._tables, self._mine, self._numbers, strict=True):
+            gradients = table.gradients(mine, numbers.shape[1])
+            self._gradients.append(gradients.new_empty(self._group.size, *gradients.shape))
+            if gradients.numel():
+                self._handles.append(self._group.all_gather(self._gradients[-1], gradients))
+
+    def add(self) -> tuple[int, Table] | None:
+        """Wait, and add all replicas' rows to the tables' sums, in rank order on every replica.
+
+        Returns the first rank whose rows are not finite, and where.
+        """
+        for handle in self._handles:
+            handle.wait()
+        culprit = None
+        for k, table in enumerate(self._tables):
+            total = table.shard.whole_sum()
+            for rank, count in enumerate(self._counts[:, k].tolist()):
+                gradients = self._gradients[k][rank, :count].to(total.dtype)
+                # Each row once: any order of additions is one.
+                total.index_add_(0, self._numbers[k][rank, :count].long(), gradients)
+                if culprit is None and not torch.isfinite(gradients).all():
+                    culprit = rank, table
+            table.shard.look()
+        return culprit

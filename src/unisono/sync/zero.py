@@ -42,7 +42,7 @@ from unisono.sync.bucket import Layout, group_by_size
 from unisono.sync.exact import Exact, refuse_second
 from unisono.sync.forward import Watch
 from unisono.sync.ledger import Group, Ledger
-from unisono.sync.rows import Table
+from unisono.sync.rows import Rows, Table
 from unisono.sync.shard import Shard
 from unisono.sync.update import (
     MASTER,
@@ -105,7 +105,7 @@ class Zero:
         self._scatters = Group("scatter", ledger, timeout_s)
         self._gathers = Group("gather", ledger, timeout_s)
         self._returned_sums = Group("sum", ledger, timeout_s)
-        self._rows = Group("rows", ledger, timeout_s)
+        self._row_group = Group("rows", ledger, timeout_s)
         self.replicas, self.rank = self._control.size, self._control.rank
         assert self.replicas > 1
         self._index = {n: i for i, n in enumerate(self.names)}
@@ -147,6 +147,7 @@ class Zero:
         self._num_sent = self._num_summed = 0
         self._returns_sum: list[Shard] = []
         """Whole shards whose sum is on its way to all ranks, or waits for its turn."""
+        self._announced: Rows | None = None
         self._used = [False] * len(self.params)
         self._reached = [False] * len(self.params)
 
@@ -179,16 +180,16 @@ class Zero:
                 self._send_next()
             for i, table in self._tables.items():
                 self._used[i] |= table.used
-            under_way = [(t, t.send(self._rows)) for t in self._tables.values()]
+            rows = self._announce_rows()
+            if rows:
+                rows.send()
             self._add_up(wait=True)
             for shard in self._shards:
                 if shard.whole:
                     shard.take_sum()
-            for table, rows in under_way:
-                culprit = table.add(rows)
-                table.shard.look()
-                if culprit is not None and self._culprit is None:
-                    self._blame(culprit, table.shard)
+            culprit = rows.add() if rows else None
+            if culprit and self._culprit is None:
+                self._blame(culprit[0], culprit[1].shard)
             *total, self._square = self._control.sum(*values, *self._used, self._square_of_sums())
             self._used_anywhere = [bool(x) for x in total[len(values) :]]
             for p in self.params:
@@ -312,7 +313,7 @@ class Zero:
         for hook in self._hooks:
             hook.remove()
         for group in (
-            self._control, self._scatters, self._gathers, self._returned_sums, self._rows
+            self._control, self._scatters, self._gathers, self._returned_sums, self._row_group
         ):  # fmt: skip
             group.close()
 
@@ -344,7 +345,7 @@ class Zero:
             self._touched[i] = max(self._touched.get(i, 0), touched)
             return None
         table = self._tables.get(i)
-        if table is None:
+        if table is None or self._announced:
             return None
         return table.look_up(ids, weight, padding_idx)
 
@@ -358,6 +359,8 @@ class Zero:
         self._used[i] = True
         shard, place = self._places[i]
         if not shard.sends_gradients:
+            if self._announced:
+                refuse_second(self.names[i])
             raise UnisonoError(
                 f"{self.names[i]} was only looked up in the first step, but has another use now; "
                 f"write shard_optimizer: true"
@@ -366,6 +369,9 @@ class Zero:
             return
         with self.ledger.clock("communication"):
             self._reached[i] = True
+            rows = self._announce_rows()
+            if rows:
+                rows.advance()
             assert param.grad is not None
             if param.grad.is_sparse:
                 param.grad = param.grad.to_dense()
@@ -376,6 +382,12 @@ class Zero:
                     break
                 self._send_next()
             self._add_up(wait=False)
+
+    def _announce_rows(self) -> Rows | None:
+        """Collective: in the last backward pass, all lookups of the step are known."""
+        if self._tables and not self._announced:
+            self._announced = Rows(list(self._tables.values()), self._row_group)
+        return self._announced
 
     def _send_next(self) -> None:
         if not self._num_sent:

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from unisono.config import Config
@@ -26,14 +27,14 @@ from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan
 from unisono.sync import Strategy, broadcast_model, make_strategy
 from unisono.sync.digest import sha256_of_each
 from unisono.sync.ledger import Group, Ledger
-from unisono.sync.link import measure_link
+from unisono.sync.link import Link, measure_link
 from unisono.train import checkpoint, tuning
 from unisono.train.objective import causal_lm
 from unisono.train.state import load_optimizer, optimizer_factory
 from unisono.train.step import Feed
 from unisono.train.stopping import Stop
 from unisono.train.together import attempt
-from unisono.train.trial import find_micro_batch
+from unisono.train.trial import find_micro_batch, seconds_of_pass
 from unisono.train.tuning import Tuner
 from unisono.world import World, cache_folder
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 PREPARATION_TIMEOUT_S = 7 * 24 * 3600.0
 """While one rank tokenizes, the others wait as long as that takes."""
+AMPLE = 0.25
+"""Of the free memory may go to weights, gradients and optimizer before shards are for memory's sake."""
 TUNED = "tuned"
 """In the cache folder: sizes of buckets that were found."""
 SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism")
@@ -150,7 +153,15 @@ def set_up(
     given = config.micro_batch_size
     rows = given if isinstance(given, int) else min(8, -(-config.global_batch_size // 8))
     plan = make_plan(config, world, facts, min(rows, largest))
-    plan, tuner = _buckets(config, world, facts, plan, votes, found)
+    link = _link(config, world, votes)
+    if link and plan.shard_optimizer and config.shard_optimizer == "auto":
+        run_rows = partial(_pass, config, world, model, train_blocks)
+        compute_s = seconds_of_pass(run_rows, plan.micro_batch_size, model, world.device)
+        step_s = float(votes.each(compute_s * plan.accumulation).min())
+        if _hides_whole(link, facts, plan, world, step_s, votes):
+            facts = replace(facts, hides_whole=True)
+            plan = make_plan(config, world, facts, min(rows, largest))
+    plan, tuner = _buckets(facts, plan, link, votes, found, config)
     sync = make_strategy(
         config.sync,
         model,
@@ -188,27 +199,47 @@ def set_up(
     return job
 
 
+def _link(config: Config, world: World, votes: Group) -> Link | None:
+    """Collective: the measured link, where anything is decided by it."""
+    # In strict mode the size of buckets changes nothing in the sums, but steps should be alike.
+    if config.sync != "exact" or world.size == 1 or config.determinism == "strict":
+        return None
+    return measure_link(votes, world.device)
+
+
+def _hides_whole(
+    link: Link, facts: Facts, plan: Plan, world: World, step_s: float, votes: Group
+) -> bool:
+    """Collective: whether whole gradients hide, and would take little of the memory, on all ranks."""
+    memory = psutil.virtual_memory().available // world.local_size
+    if world.device != "cpu":
+        memory = torch.cuda.mem_get_info(world.device)[0]
+    # Beyond the plan's: the whole optimizer state instead of 1/n, and received gradients.
+    more = 3 * facts.gradient_bytes
+    roomy = plan.model_bytes + more < AMPLE * memory
+    return bool(
+        votes.sum(float(not roomy))[0] == 0
+        and link.hides_whole(facts.gradient_bytes, world.size, step_s)
+    )
+
+
 def _buckets(
-    config: Config,
-    world: World,
     facts: Facts,
     plan: Plan,
+    link: Link | None,
     votes: Group,
     found: checkpoint.Manifest | None,
+    config: Config,
 ) -> tuple[Plan, Tuner | None]:
     """Collective: the plan with the size of buckets to begin with, and who tunes it further."""
-    if config.bucket_mb != "auto" or config.sync != "exact" or world.size == 1:
+    if link is None or config.bucket_mb != "auto":
         return plan, None
-    if config.determinism == "strict":
-        return plan, None  # the size changes nothing in the sums, but steps should be alike
-    link = measure_link(votes, world.device)
-    assert link is not None
     mb, tuned = link.bucket_mb(facts.gradient_bytes), False
     why = f"link of {link.bytes_per_s * 8 / 1e9:.3g} Gbit/s and {link.latency_s * 1e3:.2g} ms"
-    key = tuning.key_of({**asdict(facts), "replicas": world.size, "wire": config.wire}, link)
-    mine = tuning.recall(cache_folder() / TUNED, key) if world.is_main else None
+    key = tuning.key_of({**asdict(facts), "replicas": plan.replicas, "wire": config.wire}, link)
+    mine = tuning.recall(cache_folder() / TUNED, key) if votes.rank == 0 else None
     recalled = votes.each(mine or 0.0)[0, 0].item()
-    same = found and found.meta["replicas"] == world.size
+    same = found and found.meta["replicas"] == plan.replicas
     if found and same and found.meta.get("bucket_mb"):
         (mb, tuned), why = found.meta["bucket_mb"], "as in the checkpoint"
     elif recalled:
@@ -273,8 +304,12 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
 
 def try_rows(job: Job, rows: int) -> None:
     """Forward and backward of `rows` samples, for timing."""
-    wanted = [i % len(job.train_blocks) for i in range(rows)]
-    job.loss_sum(job.train_blocks.read(wanted)).backward()
+    _pass(job.config, job.world, job.sync.model, job.train_blocks, rows)
+
+
+def _pass(config: Config, world: World, model: torch.nn.Module, blocks: Blocks, rows: int) -> None:
+    batch = blocks.read([i % len(blocks) for i in range(rows)])
+    causal_lm(model, batch, world.device, config.bf16).backward()
 
 
 def own_samples(job: Job) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from torch import nn
 
 from unisono.sync import Strategy
 from unisono.sync.ledger import Group
@@ -83,6 +84,25 @@ def _sizes(largest: int) -> list[int]:
     while sizes[-1] * 2 <= largest:
         sizes.append(sizes[-1] * 2)
     return sizes if sizes[-1] == largest else [*sizes, largest]
+
+
+def seconds_of_pass(run: Pass, rows: int, model: nn.Module, device: str) -> float:
+    """Of a micro-batch on a model that no strategy has yet; infinite when memory ran out."""
+    took = math.inf
+    try:
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            run(rows)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            took = time.perf_counter() - began
+            model.zero_grad()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        took = math.inf
+    model.zero_grad()
+    return took
 
 
 @dataclass(frozen=True)
