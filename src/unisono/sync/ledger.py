@@ -15,13 +15,13 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from unisono.clock import Clock
-from unisono.errors import ReplicaError
+from unisono.errors import LostReplicas
 
 # torch 2.13 renames the two; the new names have the same signature.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -37,10 +37,53 @@ class Entry:
     sequence: int
     sent_bytes: int
     started: float
+    payload_bytes: int = -1
+    """What every rank of the group must hand in alike; -1 where ranks may differ."""
     waited_s: float = 0.0
     """How long this rank stood still for it."""
     finished: float = 0.0
     """When this rank knew that it was finished."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far this rank is in one group. `key` names the group alike on all its ranks, and no other."""
+
+    key: str
+    ranks: tuple[int, ...]
+    """Of all ranks, those in the group."""
+    issued: deque[Entry] = field(default_factory=lambda: deque(maxlen=64))
+    """The newest ones, in order."""
+
+
+class Witness(Protocol):
+    """Who follows a ledger while it is written (observe/watch.py)."""
+
+    def issued(self, position: Position, entry: Entry) -> None:
+        """Called before each collective begins. Must be quick."""
+
+    def why_lost(self) -> str | None:
+        """Called when a collective has failed: who is to blame, in one line, if that is known."""
+
+
+@dataclass
+class Whereabouts:
+    """Where this rank stands, for other ranks to know. Written by one thread, read by another.
+
+    Holds no reference to torch's works or groups: see Group on why those must be able to go. Where
+    handing a collective to a GPU's stream is all that `wait` does, an event tells when it is done.
+    """
+
+    positions: dict[str, Position] = field(default_factory=dict)
+    standing: tuple[Position, Entry, float] | None = None
+    """The collective that this rank stands still in, and since when (time.perf_counter())."""
+    queued: deque[tuple[Position, Entry, torch.cuda.Event]] = field(default_factory=deque)
+    """Waited for by a stream only, oldest first, while a witness takes them away."""
+    witness: Witness | None = None
+
+
+QUEUED = 64
+"""At most so many events are kept; the oldest are those that a hang is in."""
 
 
 @dataclass
@@ -48,6 +91,7 @@ class Ledger:
     """What this rank has communicated. Not thread-safe."""
 
     clock: Clock = field(default_factory=Clock)
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
     entries: deque[Entry] = field(default_factory=lambda: deque(maxlen=4096))
     """The newest ones; totals below count all."""
     sent_bytes: int = 0
@@ -57,31 +101,50 @@ class Ledger:
 class Handle:
     """A collective on its way. `done` never blocks; `wait` returns when the result is usable."""
 
-    def __init__(self, work: Any, entry: Entry | None, ledger: Ledger) -> None:
-        self._work, self._entry, self._ledger = work, entry, ledger
+    def __init__(
+        self, work: Any, entry: Entry | None, position: Position | None, ledger: Ledger, cuda: bool
+    ) -> None:
+        self._work, self._entry, self._position = work, entry, position
+        self._ledger, self._cuda = ledger, cuda
 
     def done(self) -> bool:
         return self._work is None or bool(self._work.is_completed())
 
     def wait(self) -> None:
-        """Raises ReplicaError when a peer is gone or the timeout is over."""
+        """Raises LostReplicas when a peer is gone or the timeout is over."""
         if self._work is None:
             return
-        assert self._entry is not None
+        assert self._entry is not None and self._position is not None
+        here, entry = self._ledger.whereabouts, self._entry
         began = time.perf_counter()
+        here.standing = self._position, entry, began
         try:
             with self._ledger.clock.standing_still():
                 self._work.wait()
         except RuntimeError as error:
-            entry = self._entry
-            raise ReplicaError(
-                f"lost the other replicas in {entry.operation} {entry.sequence} of group "
-                f"{entry.group!r} after {time.perf_counter() - entry.started:.1f} s: "
-                f"{str(error).splitlines()[0]}"
+            after_s = time.perf_counter() - entry.started
+            raise _lost(
+                f"in {entry.operation} {entry.sequence} of group {entry.group!r} after {after_s:.1f} s",
+                here,
+                error,
             ) from error
-        self._entry.finished = time.perf_counter()
-        self._entry.waited_s += self._entry.finished - began
+        finally:
+            here.standing = None
+        entry.finished = time.perf_counter()
+        entry.waited_s += entry.finished - began
+        if self._cuda and here.witness is not None and len(here.queued) < QUEUED:
+            event = torch.cuda.Event()
+            event.record()
+            here.queued.append((self._position, entry, event))
         self._work = None
+
+
+def _lost(where: str, here: Whereabouts, error: RuntimeError) -> LostReplicas:
+    backend = str(error).splitlines()[0]
+    why = here.witness.why_lost() if here.witness is not None else None
+    return LostReplicas(
+        f"lost the other replicas {where}: " + (f"{why} ({backend})" if why else backend)
+    )
 
 
 class Group:
@@ -105,31 +168,46 @@ class Group:
         # Weak: torch's own reference is the only one, so that leaving the replicas ends the group's
         # threads. One that still ran while the interpreter shuts down would abort the process.
         self._reference: weakref.ref[dist.ProcessGroup] | None = None
+        self._position: Position | None = None
         if self.size > 1:
             group = existing or dist.new_group(timeout=timedelta(seconds=timeout_s))
             self._reference = weakref.ref(group)
+            # torch gives a group the same name on all its ranks; disjoint ones may share one.
+            ranks = tuple(dist.get_process_group_ranks(group))
+            key = f"{name}/{group.group_name}/{ranks[0]}"
+            self._position = Position(key, ranks)
+            ledger.whereabouts.positions[key] = self._position
 
-    def _issue(self, operation: str, sent_bytes: int, call: Any) -> Handle:
-        if self.size == 1:
-            return Handle(None, None, self.ledger)
+    def _issue(
+        self, operation: str, sent_bytes: int, tensor: torch.Tensor, call: Any, alike: bool = True
+    ) -> Handle:
+        """`alike`: every rank's `tensor` has the same number of bytes."""
+        if self._position is None:
+            return Handle(None, None, None, self.ledger, cuda=False)
         self._sequence += 1
-        entry = Entry(operation, self.name, self._sequence, sent_bytes, time.perf_counter())
+        payload_bytes = _nbytes(tensor) if alike else -1
+        entry = Entry(
+            operation, self.name, self._sequence, sent_bytes, time.perf_counter(), payload_bytes
+        )
         self.ledger.entries.append(entry)
         self.ledger.sent_bytes += sent_bytes
         self.ledger.collectives += 1
+        here = self.ledger.whereabouts
+        self._position.issued.append(entry)
+        if here.witness is not None:
+            here.witness.issued(self._position, entry)
         try:
-            return Handle(call(), entry, self.ledger)
+            return Handle(call(), entry, self._position, self.ledger, tensor.is_cuda)
         except RuntimeError as error:
-            raise ReplicaError(
-                f"lost the other replicas on starting {operation} {self._sequence} of group "
-                f"{self.name!r}: {str(error).splitlines()[0]}"
-            ) from error
+            where = f"on starting {operation} {self._sequence} of group {self.name!r}"
+            raise _lost(where, here, error) from error
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> Handle:
         """Collective: row r of `sent` goes to rank r; row r of `received` comes from rank r."""
         return self._issue(
             "all-to-all",
             _nbytes(sent) * (self.size - 1) // self.size,
+            sent,
             lambda: dist.all_to_all_single(received, sent, group=self._group, async_op=True),
         )
 
@@ -151,9 +229,11 @@ class Group:
         return self._issue(
             "all-to-all",
             row_bytes * (sum(sent_rows) - sent_rows[self.rank]),
+            sent,
             lambda: dist.all_to_all_single(
                 received, sent, received_rows, sent_rows, group=self._group, async_op=True
             ),
+            alike=False,
         )
 
     def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> Handle:
@@ -170,6 +250,7 @@ class Group:
         return self._issue(
             "all-gather",
             _nbytes(chunk) * (self.size - 1),
+            chunk,
             lambda: _gather_into(whole.view(-1), chunk.view(-1), group=self._group, async_op=True),
         )
 
@@ -181,6 +262,7 @@ class Group:
         return self._issue(
             "reduce-scatter",
             _nbytes(sent) * (self.size - 1) // self.size,
+            sent,
             lambda: _scatter_into(
                 received.view(-1), sent.view(-1), group=self._group, async_op=True
             ),
@@ -191,6 +273,7 @@ class Group:
         return self._issue(
             "all-reduce",
             2 * _nbytes(tensor) * (self.size - 1) // self.size,
+            tensor,
             lambda: dist.all_reduce(tensor, group=self._group, async_op=True),
         )
 
@@ -200,6 +283,7 @@ class Group:
         return self._issue(
             "broadcast",
             sent,
+            tensor,
             lambda: dist.broadcast(tensor, source, group=self._group, async_op=True),
         )
 
@@ -211,6 +295,8 @@ class Group:
         """Collective: end the process group. Every collective must have been waited for."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
+        if self._position is not None:
+            self.ledger.whereabouts.positions.pop(self._position.key, None)
 
     def barrier(self) -> None:
         """Collective: returns when every rank has come here."""
