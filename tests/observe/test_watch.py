@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from unisono.observe import verdict, watch
 from unisono.observe.watch import watched
 from unisono.sync.ledger import Group, Ledger
 
-TIMEOUT_S = 6.0
+TIMEOUT_S = 5.0
 
 
 def take_part(world, folder: str, fault: Callable | None = None, timeout_s: float = 60.0) -> str:
@@ -144,7 +145,7 @@ def leaves(world, group: Group, other: Group) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (one_more, ["ranks have parted: as collective 6 of group 'votes' rank 2 began all-gather of 8 bytes", "ranks 0, 1 began all-reduce of 16 bytes", "in one_more"]),
+        (one_more, ["ranks have parted: as collective 6 of group 'votes' rank 2 began all-gather of 8 bytes in test_watch.py:", " one_more < test_watch.py:", "ranks 0, 1 began all-reduce of 16 bytes in test_watch.py:"]),
         (one_more_alike, ["ranks wait for one another: rank 2 in all-reduce 7", "ranks 0, 1 in all-gather 6"]),
         (one_less, ["ranks have parted: as collective 6 of group 'votes' rank 2 began all-reduce of 16 bytes", "ranks 0, 1 began all-reduce of 8 bytes"]),
         (a_larger_one, ["ranks have parted: as collective 6 of group 'votes' rank 2 began all-reduce of 195.3 KiB", "began all-reduce of 8 bytes"]),
@@ -177,6 +178,54 @@ def test_two_ranks_of_which_one_is_aborted_by_gloo(tmp_path: Path) -> None:
     [line] = ends(tmp_path).values()
     assert "rank 1 began all-reduce of 195.3 KiB" in line
     assert "rank 0 began all-reduce of 8 bytes" in line
+
+
+# --- ranks that meet through a TCPStore, as under torchrun
+
+
+@pytest.fixture
+def meeting() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"UNISONO_STORE": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def test_a_stopped_rank_is_named_through_a_store(tmp_path: Path, meeting: dict[str, str]) -> None:
+    with started(take_part, 3, str(tmp_path), join=True, env=meeting) as ranks:
+        wait_for(training(tmp_path))
+        ranks.signal(signal.SIGSTOP, rank=2)
+        wait_for(lambda: said(tmp_path))
+        ranks.signal(signal.SIGCONT, rank=2)
+        wait_for(lambda: len(said(tmp_path)) > 1)
+        (tmp_path / "enough").touch()
+        assert ranks.result() == ["done"] * 3
+    hang, passed = said(tmp_path)
+    assert hang.startswith("hang: rank 2 (process ")
+    assert passed.endswith(": rank 2")
+
+
+def test_ranks_that_have_parted_are_named_through_a_store(
+    tmp_path: Path, meeting: dict[str, str]
+) -> None:
+    with started(take_part, 3, str(tmp_path), one_less, TIMEOUT_S, join=True, env=meeting) as ranks:
+        ranks.join()
+    assert sorted(ends(tmp_path)) == [0, 1, 2]
+    for line in ends(tmp_path).values():
+        assert "ranks have parted: as collective 6 of group 'votes' rank 2 began" in line
+
+
+def test_a_store_that_does_not_answer(tmp_path: Path, meeting: dict[str, str]) -> None:
+    """Rank 0 keeps it; a thread that asks it stands for good, and still nothing outlives the run."""
+    with started(take_part, 3, str(tmp_path), None, 8.0, join=True, env=meeting) as ranks:
+        wait_for(training(tmp_path))
+        ranks.signal(signal.SIGSTOP, rank=0)
+        wait_for(lambda: len(ends(tmp_path)) == 2)
+    for line in ends(tmp_path).values():
+        assert (
+            f"the rendezvous store at 127.0.0.1:{meeting['MASTER_PORT']} has not answered" in line
+        )
+    assert said(tmp_path)[0].startswith("hang: the rendezvous store at ")
 
 
 # --- what must not be named

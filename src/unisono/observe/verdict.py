@@ -57,8 +57,10 @@ class Progress:
     """Those in the group; empty: all."""
     issued: int
     """Sequence number of the last collective that it has begun."""
-    recent: dict[int, tuple[str, int]] = field(default_factory=dict)
-    """sequence -> (operation, payload bytes, -1 where ranks may differ), some of the last ones."""
+    recent: dict[int, tuple[str, int, str]] = field(default_factory=dict)
+    """Some of the last ones: sequence -> (operation, payload bytes, who began it).
+
+    The bytes are -1 where ranks may differ; who began it may be empty, where that was lost."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Record:
     wait: Wait | None = None
     groups: dict[str, Progress] = field(default_factory=dict)
     ended: str | None = None
-    """How its program has ended: OVER, LOST, or the exception."""
+    """How its program has ended: OVER, LOST and by what, or the exception."""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), separators=(",", ":")).encode()
@@ -111,7 +113,7 @@ class Record:
                 key: Progress(
                     tuple(map(int, g["ranks"])),
                     int(g["issued"]),
-                    {int(s): (str(op), int(n)) for s, (op, n) in g["recent"].items()},
+                    {int(s): (str(op), int(n), str(by)) for s, (op, n, by) in g["recent"].items()},
                 )
                 for key, g in values.pop("groups").items()
             }
@@ -120,7 +122,7 @@ class Record:
             return None
 
 
-OVER, LOST = "over", "lost"
+OVER, LOST = "over", "lost: "
 """Ended as all do, or because of somebody else."""
 GONE = "gone"
 
@@ -139,10 +141,9 @@ class Seen:
 
     @property
     def waits(self) -> bool:
-        """It runs, and stands still long enough to look for the reason."""
-        record = self.record
-        standing_s = record.wait.waited_s if record.wait else record.idle_s
-        return not record.ended and self.silent_s < STOPPED_S and standing_s >= PATIENCE_S
+        """It runs and stands still, so that it will look for the reason."""
+        still = self.record.wait is not None or self.record.idle_s >= PATIENCE_S
+        return still and not self.record.ended and self.silent_s < STOPPED_S
 
 
 # --- the judgement
@@ -187,6 +188,7 @@ def judge(
         or _gone(me, seen)
         or _stopped(me, seen, final)
         or _circle(seen)
+        or (_adopted(me, seen) if final else None)
         or _slow(me, seen, 0.0 if final else late_s, final)
     )
 
@@ -194,7 +196,8 @@ def judge(
 def _failed(me: int, seen: dict[int, Seen]) -> Verdict | None:
     ended = {r: s.record for r, s in seen.items() if r != me and s.record.ended}
     for rank, record in ended.items():
-        if record.ended not in (OVER, LOST):
+        assert record.ended
+        if record.ended != OVER and not record.ended.startswith(LOST):
             return Verdict("failed", (rank,), f"rank {rank} ended with {record.ended}, in {_place(record)}{_who_waits(seen)}")  # fmt: skip
     for other in seen.values():
         for rank, record in ended.items():
@@ -207,28 +210,34 @@ def _failed(me: int, seen: dict[int, Seen]) -> Verdict | None:
 
 def _parted(seen: dict[int, Seen]) -> Verdict | None:
     """The earliest place of a group's order at which ranks do not agree."""
-    table: dict[tuple[str, int], dict[int, tuple[str, int]]] = {}
+    table: dict[tuple[int, str], dict[int, tuple[str, int, str]]] = {}
     for rank, known in seen.items():
         for key, progress in known.record.groups.items():
             for sequence, what in progress.recent.items():
-                table.setdefault((key, sequence), {})[rank] = what
-    for (key, sequence), by_rank in sorted(table.items(), key=lambda item: item[0][1]):
-        sizes = {size for _, size in by_rank.values() if size >= 0}
-        if len({operation for operation, _ in by_rank.values()}) == 1 and len(sizes) <= 1:
+                table.setdefault((sequence, key), {})[rank] = what
+    for (sequence, key), by_rank in sorted(table.items()):
+        sizes = {size for _, size, _ in by_rank.values() if size >= 0}
+        if len({operation for operation, _, _ in by_rank.values()}) == 1 and len(sizes) <= 1:
             continue
         kinds: dict[tuple[str, int], list[int]] = {}
-        for rank, what in sorted(by_rank.items()):
-            kinds.setdefault(what, []).append(rank)
+        for rank, (operation, size, _) in sorted(by_rank.items()):
+            kinds.setdefault((operation, size), []).append(rank)
         parts = [
             f"{_ranks(ranks)} began {operation}"
             + (f" of {_size(size)}" if size >= 0 else "")
-            + f" ({ranks[0]} is in {_place(seen[ranks[0]].record)})"
+            + (f" in {by}" if (by := by_rank[ranks[0]][2]) else "")
             for (operation, size), ranks in sorted(kinds.items(), key=lambda item: len(item[1]))
         ]
-        few = min(kinds.values(), key=lambda ranks: (len(ranks), -ranks[0]))
         where = f"collective {sequence} of group {key.partition('/')[0]!r}"
-        return Verdict("parted", tuple(few), f"ranks have parted: as {where} " + ", ".join(parts))
+        text = f"ranks have parted: as {where} " + ", ".join(parts)
+        return Verdict("parted", _fewest(kinds.values()), text)
     return None
+
+
+def _fewest(parts: Iterable[list[int]]) -> tuple[int, ...]:
+    """The smallest part; of equal ones that without the lowest rank."""
+    fewest: list[int] = min(parts, key=lambda ranks: (len(ranks), -ranks[0]))
+    return tuple(fewest)
 
 
 def _gone(me: int, seen: dict[int, Seen]) -> Verdict | None:
@@ -292,11 +301,20 @@ def _circle(seen: dict[int, Seen]) -> Verdict | None:
     for rank, wait in sorted(stuck.items()):
         kinds.setdefault(str(wait), []).append(rank)
     parts = [
-        f"{_ranks(ranks)} in {what} ({ranks[0]} is in {_place(seen[ranks[0]].record)})"
+        f"{_ranks(ranks)} in {what} at {_place(seen[ranks[0]].record)}"
         for what, ranks in sorted(kinds.items(), key=lambda item: len(item[1]))
     ]
-    few = min(kinds.values(), key=lambda ranks: (len(ranks), -ranks[0]))
-    return Verdict("circle", tuple(few), "ranks wait for one another: " + ", ".join(parts))
+    text = "ranks wait for one another: " + ", ".join(parts)
+    return Verdict("circle", _fewest(kinds.values()), text)
+
+
+def _adopted(me: int, seen: dict[int, Seen]) -> Verdict | None:
+    """What a rank that has given up before has found."""
+    for rank, known in seen.items():
+        ended = known.record.ended or ""
+        if rank != me and ended.startswith(LOST):
+            return Verdict("failed", (), f"as rank {rank} has found, {ended.removeprefix(LOST)}")
+    return None
 
 
 def _slow(me: int, seen: dict[int, Seen], late_s: float, final: bool) -> Verdict | None:
@@ -349,7 +367,7 @@ def _place(record: Record) -> str:
 
 
 def _ranks(ranks: Iterable[int]) -> str:
-    names = list(map(str, ranks))
+    names = [str(rank) for rank in ranks]
     return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names)}"
 
 

@@ -33,7 +33,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 from unisono.errors import EXIT_DONE, EXIT_STOPPED, Elsewhere, LostReplicas, Stopped, UnisonoError
 from unisono.observe.verdict import (
@@ -65,11 +65,11 @@ EARLY_S = 120.0
 """From the first step on; models are compiled in this time."""
 LAST_LOOK_S = 2.5
 """How long a rank that has lost the others looks for who it was."""
-CALLS = 12
-"""Of a stack, in a record."""
+CALLS, LONGEST = 12, 300
+"""Of a stack, and characters of a message, in a record."""
 COMPUTES = 0.05
 """Share of a processor from which on a thread or process computes."""
-RECENT = 8
+RECENT = 4
 """Collectives of a group, in a record: so many of those under way, and of the last."""
 
 _numbers = itertools.count()
@@ -119,7 +119,10 @@ class Watch:
         self._known: set[tuple[str, tuple[int, ...]]] = set()
         """Verdicts on the present wait."""
         self._said: Verdict | None = None
-        self._lost = False
+        self._found: Verdict | None = None
+        """The last one on the present wait that was proof."""
+        self._why: str | None = None
+        """What `why_lost` has answered."""
         self._lock = threading.Lock()
         """Of all this: when a wait has failed, the main thread looks too."""
         board.post(self._record().to_json())
@@ -141,7 +144,7 @@ class Watch:
         self._here.witness = None
         self._here.queued.clear()
         with self._lock:
-            record = replace(self._record(), ended=_ending(error))
+            record = replace(self._record(), ended=_ending(error, self._why))
             if error is not None:
                 calls = list(traceback.walk_tb(error.__traceback__))[::-1]
                 record = replace(record, stack=_stack((f.f_code.co_filename, n, f.f_code.co_name) for f, n in calls))  # fmt: skip
@@ -162,17 +165,18 @@ class Watch:
             key = self._tape_keys[position.key] = tape_key(position.key)
         self._tape.write(key, entry.operation, entry.sequence, entry.payload_bytes)
 
-    def why_lost(self) -> str | None:
+    def why_lost(self) -> str:
         """The peers that noticed first may not have said yet what they know, hence some patience."""
-        self._lost = True
         deadline = time.monotonic() + LAST_LOOK_S
         while True:
             final = time.monotonic() > deadline
             with self._lock:
-                record = self._post()
-                verdict = self._judge(self._look(record), final)
+                verdict = self._judge(self._look(self._post()), final)
+            if verdict is None or verdict.kind == "slow":
+                verdict = self._found or verdict
             if final or (verdict and verdict.kind != "slow"):
-                return verdict.text if verdict else None
+                self._why = verdict.text if verdict else ""
+                return self._why
             time.sleep(0.1)
 
     # --- the thread
@@ -205,6 +209,8 @@ class Watch:
             self._waited_s = standing_s
         seen = self._look(mine)
         verdict = self._judge(seen)
+        if verdict and verdict.kind != "slow":
+            self._found = verdict
         if verdict and (verdict.kind, verdict.ranks) not in self._known:
             self._known.add((verdict.kind, verdict.ranks))
             waiting = [r for r, s in seen.items() if s.waits and r not in verdict.ranks]
@@ -215,10 +221,10 @@ class Watch:
 
     def _passed(self) -> None:
         """This rank does not stand still, or no longer."""
-        if self._said and not self._lost:
+        if self._said and self._why is None:
             self._say(f"went on after {self._waited_s:.0f} s: {self._said.subject}")
         self._longest_wait_s = max(self._longest_wait_s, self._waited_s)
-        self._waited_s, self._said = 0.0, None
+        self._waited_s, self._said, self._found = 0.0, None, None
         self._known.clear()
 
     def _judge(self, seen: dict[int, Seen], final: bool = False) -> Verdict | None:
@@ -280,7 +286,10 @@ class Watch:
     def _progress(self, position: Position) -> Progress:
         issued = list(position.issued)
         under_way = [e for e in issued if not e.finished][:RECENT]
-        recent = {e.sequence: (e.operation, e.payload_bytes) for e in [*under_way, *issued[-RECENT:]]}  # fmt: skip
+        recent = {
+            e.sequence: (e.operation, e.payload_bytes, _began(e.calls))
+            for e in [*under_way, *issued[-RECENT:]]
+        }
         ranks = position.ranks if len(position.ranks) < self._board.size else ()
         return Progress(ranks, issued[-1].sequence if issued else 0, recent)
 
@@ -316,7 +325,8 @@ class Watch:
             if newest:
                 before = groups.get(key) or replace(mine.groups[key], recent={})
                 asked = mine.groups[key].recent if key in mine.groups else {}
-                recent = before.recent | {s: what for s, what in newest.items() if s in asked}
+                known = {s: (*what, "") for s, what in newest.items() if s in asked}
+                recent = known | before.recent
                 groups[key] = Progress(before.ranks, max(newest), recent)
         return groups
 
@@ -371,17 +381,17 @@ def _machine() -> str:
         return f"{socket.gethostname()} {os.getpid()}"  # without /proc a rank knows only itself
 
 
-def _ending(error: BaseException | None) -> str:
+def _ending(error: BaseException | None, why_lost: str | None) -> str:
     if error is None or isinstance(error, Stopped | Elsewhere):
         return OVER
     if isinstance(error, LostReplicas):
-        return LOST
+        return LOST + (why_lost or str(error))
     if isinstance(error, SystemExit) and error.code in (None, EXIT_DONE, EXIT_STOPPED):
         return OVER
     if isinstance(error, UnisonoError) and error.everywhere:
         return OVER
     lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:LONGEST]}" if lines else type(error).__name__
 
 
 # --- places
@@ -410,6 +420,11 @@ def _stack(calls: Iterable[tuple[str, int, str]]) -> list[str]:
     return found
 
 
+@lru_cache(maxsize=4096)
+def _began(calls: tuple[tuple[CodeType, int], ...]) -> str:
+    return " < ".join(_stack((code.co_filename, line, code.co_name) for code, line in calls))
+
+
 _PACKAGE = Path(__file__).parents[1]
 _HIDDEN = {str(_PACKAGE / name) for name in ("sync/ledger.py", "clock.py", "observe/watch.py")}
 _LIBRARIES = tuple({str(Path(p)) + os.sep for p in sysconfig.get_paths().values()})
@@ -423,6 +438,6 @@ def _file(path: str) -> tuple[str, bool]:
     if path.startswith(str(_PACKAGE) + os.sep):
         return os.path.relpath(path, _PACKAGE.parent), True
     short = os.sep.join(path.split(os.sep)[-2:])
-    if path.startswith("<frozen") or path.startswith(_LIBRARIES):
+    if path.startswith(("<", *_LIBRARIES)):
         return short, False
     return os.path.basename(path), True
