@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranks import Ranks, started
+import unisono
+from jobs import make_job, write_corpus
+from jobs import run as run_job
+from ranks import Ranks, run_ranks, started
+from unisono.config import Config
 from unisono.errors import ReplicaError
 from unisono.observe import verdict, watch
 from unisono.observe.watch import watched
@@ -228,6 +234,51 @@ def test_a_store_that_does_not_answer(tmp_path: Path, meeting: dict[str, str]) -
     assert said(tmp_path)[0].startswith("hang: the rendezvous store at ")
 
 
+# --- a loop of one's own
+
+OWN_LOOP = """
+import os, sys, time, torch, unisono
+world = unisono.join(timeout_s=20)
+model = torch.nn.Linear(4, 1)
+sync = unisono.replicate(model, timeout_s=20)
+def load(step):
+    if world.rank == 1 and step == 3:
+        raise KeyError("no such sample")
+    return torch.ones(2, 4)
+for step in range(STEPS):
+    model(load(step)).sum().backward()
+    sync.finish(2)
+"""
+
+
+def own_loop(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "own.py"
+    script.write_text(text)
+    code = (
+        "import sys; from unisono.launch.local import launch; "
+        f"sys.exit(launch([sys.executable, {str(script)!r}], 3, 1))"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(unisono.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100
+    )
+
+
+def test_an_exception_in_a_loop_of_ones_own_is_told_by_every_other_rank(tmp_path: Path) -> None:
+    done = own_loop(tmp_path, OWN_LOOP.replace("STEPS", "9"))
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if "LostReplicas: lost the other" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert "rank 1 ended with KeyError: 'no such sample', in own.py:8 load < own.py:11 <module>" in line  # fmt: skip
+
+
+def test_a_loop_of_ones_own_that_ends_well_says_nothing(tmp_path: Path) -> None:
+    """No thread keeps the interpreter, none is caught in its end."""
+    done = own_loop(tmp_path, OWN_LOOP.replace("STEPS", "3"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # --- what must not be named
 
 
@@ -242,3 +293,116 @@ def test_a_machine_that_sleeps_names_nobody(tmp_path: Path) -> None:
         (tmp_path / "enough").touch()
         assert ranks.result() == ["done"] * 3
     assert said(tmp_path) == []
+
+
+def slowly(function: Callable, seconds: float) -> Callable:
+    def slow(*args: object, **options: object) -> object:
+        time.sleep(seconds)
+        return function(*args, **options)
+
+    return slow
+
+
+def late_for_good_reasons(world) -> None:
+    """Rank 0 prepares and saves, rank 1 loads, evaluates and compiles, all for longer than is usual."""
+    from unisono.train import checkpoint, job, loop
+
+    watch.LATE_S, watch.LATE_EARLY_S = 2.0, 8.0
+    if world.rank == 0:
+        job.prepare = slowly(job.prepare, 3.5)
+        checkpoint.save = slowly(checkpoint.save, 3.5)
+    else:
+        job.load_model = slowly(job.load_model, 3.5)
+        loop.evaluate = slowly(loop.evaluate, 3.5)
+        first = iter([3.5])
+        compute = job.causal_lm
+
+        def compile_first(*args: object) -> object:
+            time.sleep(next(first, 0.0))
+            return compute(*args)
+
+        job.causal_lm = compile_first
+
+
+def hold_the_interpreter(world) -> None:
+    """Rank 1 saves in one call of C that lets no other thread run, its heartbeat neither."""
+    from unisono.train import loop
+
+    evaluate = loop.evaluate
+
+    def evaluate_long(*args: object, **options: object) -> object:
+        if world.rank == 1:
+            began = time.monotonic()
+            while time.monotonic() - began < 4:
+                sum(range(400_000_000))
+        return evaluate(*args, **options)
+
+    loop.evaluate = evaluate_long
+
+
+@pytest.mark.parametrize("patch", [late_for_good_reasons, hold_the_interpreter])
+def test_who_is_late_for_a_good_reason_is_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: Callable
+) -> None:
+    config = make_job(write_corpus(tmp_path), tmp_path / "run", max_steps=8, eval_steps=4, save_steps=4)  # fmt: skip
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    (end, told, _), _ = run_ranks(run_job, 2, config, patch, join=False, env=cache)
+    assert end == "done"
+    assert not [line for line in told if line.startswith(("hang", "slow", "lost", "desync", "went"))]  # fmt: skip
+
+
+def stop_reading(world) -> None:
+    """Rank 1's loader hangs."""
+    from unisono.train.step import Feed
+
+    batch = Feed.batch
+
+    def hang(feed: Feed, step: int, leaf: int) -> object:
+        if world.rank == 1 and step == 3:
+            time.sleep(60)
+        return batch(feed, step, leaf)
+
+    Feed.batch = hang
+    watch.LATE_EARLY_S = 2.0
+
+
+def fail_between_steps(world) -> None:
+    """Where no vote protects it."""
+    from unisono.train import loop
+
+    def fail(job: object) -> object:
+        raise RuntimeError("the ledger of samples is not for this")
+
+    if world.rank == 1:
+        loop.own_samples = fail
+
+
+def test_a_job_names_a_rank_that_is_late_in_a_step(tmp_path: Path) -> None:
+    config = make_job(write_corpus(tmp_path), tmp_path / "run", max_steps=8, timeout_s=5)
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with started(run_and_keep, 2, config, stop_reading, str(tmp_path), env=cache) as ranks:
+        wait_for(lambda: ends(tmp_path))
+    end = ends(tmp_path)[0]
+    assert end.startswith("LostReplicas: lost the other replicas in ")
+    assert "rank 1 has not reached all-" in end
+    assert "it is in test_watch.py:" in end
+    assert " hang < unisono/train/step.py:" in end
+    assert "without using the processor for " in end
+    [line] = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("slow")]  # fmt: skip
+    assert "rank 1 has not reached all-" in line
+
+
+def test_a_job_names_an_exception_that_no_vote_carries(tmp_path: Path) -> None:
+    config = make_job(write_corpus(tmp_path), tmp_path / "run", max_steps=8, timeout_s=30)
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with started(run_and_keep, 2, config, fail_between_steps, str(tmp_path), env=cache) as ranks:
+        ranks.join()
+    assert "rank 1 ended with RuntimeError: the ledger of samples is not for this, in test_watch.py:" in ends(tmp_path)[0]  # fmt: skip
+
+
+def run_and_keep(world, config: Config, patch: Callable, folder: str) -> None:
+    end, told, _ = run_job(world, config, patch)
+    if world.is_main:
+        (Path(folder) / "told").write_text("\n".join(told))
+        (Path(folder) / "end-0").write_text(end)
+    os._exit(1)

@@ -295,7 +295,8 @@ class Watch:
 
     def _look(self, mine: Record) -> dict[int, Seen]:
         """What all ranks say, and what can be seen of their processes on this machine."""
-        now = time.monotonic()
+        # A board that cannot be reached makes nobody silent.
+        now = time.monotonic() - self._board.silent_s()
         seen = {self._board.rank: Seen(mine)}
         for rank, text in self._board.read().items():
             record = Record.from_json(text)
@@ -307,7 +308,7 @@ class Watch:
             beat = self._seen.get(rank)
             if beat is None or beat.number != record.beat:
                 beat = self._seen[rank] = _Beat(record.beat, now, used_s)
-            silent_s = now - beat.at
+            silent_s = max(0.0, now - beat.at)
             computes = used_s - beat.used_s > COMPUTES * silent_s
             record = replace(record, groups=self._from_tape(rank, record, mine))
             seen[rank] = Seen(record, silent_s, process, computes)
