@@ -380,7 +380,7 @@ def fail_between_steps(world) -> None:
 def test_a_job_names_a_rank_that_is_late_in_a_step(tmp_path: Path) -> None:
     config = make_job(write_corpus(tmp_path), tmp_path / "run", max_steps=8, timeout_s=5)
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    with started(run_and_keep, 2, config, stop_reading, str(tmp_path), env=cache) as ranks:
+    with started(run_and_keep, 2, config, stop_reading, str(tmp_path), env=cache):
         wait_for(lambda: ends(tmp_path))
     end = ends(tmp_path)[0]
     assert end.startswith("LostReplicas: lost the other replicas in ")
