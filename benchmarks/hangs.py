@@ -305,7 +305,7 @@ def cost(world, config, blocks: int, steps: int) -> dict:
         ledger = Ledger()
         votes = Group("votes", ledger, 600)
         job = set_up(config, world, Quiet(), stop, ledger, votes)
-        medians: dict[bool, list[float]] = {False: [], True: []}
+        means: dict[bool, list[float]] = {False: [], True: []}
         spent_s, wall_s, collectives = 0.0, 0.0, 0
         for block in range(2 * blocks):
             on = block % 2 == (block // 2) % 2
@@ -317,7 +317,7 @@ def cost(world, config, blocks: int, steps: int) -> dict:
                 advance(job)
                 job.progress.step += 1
                 times.append(time.perf_counter() - start)
-            medians[on].append(statistics.median(times))
+            means[on].append(statistics.fmean(times))
             if watch:
                 watch.end()
                 spent_s += watch.spent_s
@@ -329,15 +329,15 @@ def cost(world, config, blocks: int, steps: int) -> dict:
             issue_us[on] = 1e6 * seconds_of_a_record(votes)
             if watch:
                 watch.end()
-    step_s = statistics.median(medians[False])
+    step_s = statistics.median(means[False])
+    ratios = [a / b for a, b in zip(means[True], means[False])]
+    low, middle, high = statistics.quantiles(ratios, n=4)
     per_step = collectives / (blocks * steps)
     record_us = issue_us[True] - issue_us[False]
     thread, records = spent_s / wall_s, per_step * record_us * 1e-6 / step_s
     return {
         "step_ms": 1e3 * step_s,
-        "with_over_without": statistics.median(
-            a / b for a, b in zip(medians[True], medians[False])
-        ),
+        "with_over_without_quartiles": [low, middle, high],
         "thread_share_of_a_processor": thread,
         "collectives_of_a_step": per_step,
         "record_us": record_us,
@@ -392,7 +392,9 @@ def main() -> None:
             (Path(name) / "cost").mkdir()
             config = make_job(corpus, Path(name) / "cost", max_steps=1_000_000, bucket_mb=4.0)
             env = {"XDG_CACHE_HOME": str(Path(name) / "cache")}
-            [result["cost"], *_] = run_ranks(cost, 2, config, 20, 40, join=False, env=env)
+            [result["cost"], *_] = run_ranks(
+                cost, 2, config, 40, 60, join=False, timeout=400, env=env
+            )
             print(result["cost"])
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=1) + "\n")

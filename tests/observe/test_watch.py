@@ -79,6 +79,10 @@ def training(folder: Path) -> Callable[[], bool]:
     )
 
 
+def steps(folder: Path) -> set[int]:
+    return {int(p.read_text() or 0) for p in folder.glob("step-*")}
+
+
 def pid_of(ranks: Ranks, rank: int) -> int:
     return ranks._processes[rank].pid
 
@@ -234,6 +238,41 @@ def test_a_store_that_does_not_answer(tmp_path: Path, meeting: dict[str, str]) -
     assert said(tmp_path)[0].startswith("hang: the rendezvous store at ")
 
 
+# --- what is on a GPU's stream
+
+
+class OnStream:
+    """In place of a torch.cuda.Event: whether the stream has come to it."""
+
+    def __init__(self, come: bool) -> None:
+        self.come = come
+
+    def query(self) -> bool:
+        return self.come
+
+
+def stand_before_streams(world) -> list:
+    ledger = Ledger()
+    watched_by = watch.Watch.begin(ledger)
+    group = Group("shard", ledger, 60)
+    group.sum(1.0)
+    group.sum(2.0)
+    [position] = ledger.whereabouts.positions.values()
+    events = [OnStream(True), OnStream(False)]
+    ledger.whereabouts.queued.extend(zip([position] * 2, position.issued, events))
+    watched_by._back = time.perf_counter() - 60
+    found = [watched_by._wait()]
+    events[1].come = True
+    found.append(watched_by._wait())
+    watched_by.end()
+    return [w and (w.operation, w.sequence, w.blocked) for w in found]
+
+
+def test_the_oldest_collective_that_a_stream_has_not_finished_is_what_a_rank_waits_in() -> None:
+    """NCCL's `wait` returns at once. Events are stood in for: no two GPUs were at hand."""
+    assert run_ranks(stand_before_streams, 2) == [[("all-reduce", 2, False), None]] * 2
+
+
 # --- a loop of one's own
 
 OWN_LOOP = """
@@ -282,13 +321,22 @@ def test_a_loop_of_ones_own_that_ends_well_says_nothing(tmp_path: Path) -> None:
 # --- what must not be named
 
 
+def be_late_for_long(world, group: Group, other: Group) -> None:
+    """So that the others look at it, while the machine sleeps."""
+    if world.rank == 2:
+        time.sleep(3 * watch.BEAT_S + verdict.PATIENCE_S + 5.0)
+
+
 def test_a_machine_that_sleeps_names_nobody(tmp_path: Path) -> None:
-    with started(take_part, 3, str(tmp_path), join=True) as ranks:
-        for _ in range(2):
-            wait_for(training(tmp_path))
-            ranks.signal(signal.SIGSTOP)
-            time.sleep(watch.AWAY_S + verdict.SILENT_S)  # how long the machine sleeps
-            ranks.signal(signal.SIGCONT)
+    with started(take_part, 3, str(tmp_path), be_late_for_long, join=True) as ranks:
+        wait_for(lambda: steps(tmp_path) == {5})
+        time.sleep(3 * watch.BEAT_S + verdict.PATIENCE_S)  # the others look
+        ranks.signal(signal.SIGSTOP)
+        time.sleep(4.0)  # how long the machine sleeps
+        ranks.signal(signal.SIGCONT, rank=0)
+        ranks.signal(signal.SIGCONT, rank=1)
+        time.sleep(verdict.STOPPED_S / 2)  # not all wake at once
+        ranks.signal(signal.SIGCONT)
         wait_for(training(tmp_path))
         (tmp_path / "enough").touch()
         assert ranks.result() == ["done"] * 3
@@ -304,30 +352,37 @@ def slowly(function: Callable, seconds: float) -> Callable:
 
 
 def late_for_good_reasons(world) -> None:
-    """Rank 0 prepares and saves, rank 1 loads, evaluates and compiles, all for longer than is usual."""
+    """Rank 0 prepares and saves, rank 1 loads and evaluates, all for longer than is usual."""
     from unisono.train import checkpoint, job, loop
 
-    watch.LATE_S, watch.LATE_EARLY_S = 2.0, 8.0
+    watch.LATE_S = watch.LATE_EARLY_S = 1.5
     if world.rank == 0:
-        job.prepare = slowly(job.prepare, 3.5)
-        checkpoint.save = slowly(checkpoint.save, 3.5)
+        job.prepare = slowly(job.prepare, 2.5)
+        checkpoint.save = slowly(checkpoint.save, 2.5)
     else:
-        job.load_model = slowly(job.load_model, 3.5)
-        loop.evaluate = slowly(loop.evaluate, 3.5)
-        first = iter([3.5])
-        compute = job.causal_lm
+        job.load_model = slowly(job.load_model, 2.5)
+        loop.evaluate = slowly(loop.evaluate, 2.5)
 
-        def compile_first(*args: object) -> object:
-            time.sleep(next(first, 0.0))
-            return compute(*args)
 
-        job.causal_lm = compile_first
+def compile_first(world) -> None:
+    """Rank 1 alone takes long for its first step."""
+    from unisono.train import job
+
+    watch.LATE_S, watch.LATE_EARLY_S = 1.5, 20.0
+    first, compute = iter([3.0 * world.rank]), job.causal_lm
+
+    def compiled(*args: object) -> object:
+        time.sleep(next(first, 0.0))
+        return compute(*args)
+
+    job.causal_lm = compiled
 
 
 def hold_the_interpreter(world) -> None:
     """Rank 1 saves in one call of C that lets no other thread run, its heartbeat neither."""
     from unisono.train import loop
 
+    verdict.BLOCKED_S = 1.5
     evaluate = loop.evaluate
 
     def evaluate_long(*args: object, **options: object) -> object:
@@ -340,7 +395,7 @@ def hold_the_interpreter(world) -> None:
     loop.evaluate = evaluate_long
 
 
-@pytest.mark.parametrize("patch", [late_for_good_reasons, hold_the_interpreter])
+@pytest.mark.parametrize("patch", [late_for_good_reasons, compile_first, hold_the_interpreter])
 def test_who_is_late_for_a_good_reason_is_not_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: Callable
 ) -> None:

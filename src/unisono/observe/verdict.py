@@ -297,9 +297,10 @@ def _circle(seen: dict[int, Seen]) -> Verdict | None:
             del stuck[rank]
     if not stuck:
         return None
-    kinds: dict[str, list[int]] = {}
-    for rank, wait in sorted(stuck.items()):
-        kinds.setdefault(str(wait), []).append(rank)
+    kinds: dict[str, list[int]] = {str(wait): [] for wait in stuck.values()}
+    for rank, known in sorted(seen.items()):  # those too that came there a moment ago
+        if str(known.record.wait) in kinds:
+            kinds[str(known.record.wait)].append(rank)
     parts = [
         f"{_ranks(ranks)} in {what} at {_place(seen[ranks[0]].record)}"
         for what, ranks in sorted(kinds.items(), key=lambda item: len(item[1]))

@@ -143,13 +143,13 @@ class Watch:
         self._thread.join(2.0)
         self._here.witness = None
         self._here.queued.clear()
-        with self._lock:
-            record = replace(self._record(), ended=_ending(error, self._why))
-            if error is not None:
-                calls = list(traceback.walk_tb(error.__traceback__))[::-1]
-                record = replace(record, stack=_stack((f.f_code.co_filename, n, f.f_code.co_name) for f, n in calls))  # fmt: skip
-            self._board.post(record.to_json())
-            self._board.close()
+        record = replace(self._record(), ended=_ending(error, self._why))
+        if error is not None:
+            calls = list(traceback.walk_tb(error.__traceback__))[::-1]
+            stack = _stack((f.f_code.co_filename, n, f.f_code.co_name) for f, n in calls)
+            record = replace(record, stack=stack)
+        self._board.post(record.to_json())
+        self._board.close()
 
     def end_with_program(self) -> None:
         """At the interpreter's exit; `last_value` is the exception that led to it, if one did."""
@@ -191,20 +191,21 @@ class Watch:
                         self._seen.clear()
                         self._back = time.perf_counter()
                     last = now
-                    looking = self._tick()
+                    looking, line = self._tick()
+                if line:  # without the lock: a terminal may block
+                    self._say(line)
                 self.spent_s = time.thread_time()
         except Exception as error:
             self._say(f"hangs are no longer watched for: {type(error).__name__}: {error}")
 
-    def _tick(self) -> bool:
-        """Returns whether this rank stands still."""
+    def _tick(self) -> tuple[bool, str]:
+        """Whether this rank stands still, and what there is to say."""
         mine = self._post()
         if mine.phase in STEP:
             self._first_step = min(self._first_step, time.monotonic())
         standing_s = mine.wait.waited_s if mine.wait else mine.idle_s
         if standing_s < PATIENCE_S:
-            self._passed()
-            return False
+            return False, self._passed()
         if mine.wait:
             self._waited_s = standing_s
         seen = self._look(mine)
@@ -216,16 +217,18 @@ class Watch:
             waiting = [r for r, s in seen.items() if s.waits and r not in verdict.ranks]
             if min(waiting, default=self._board.rank) == self._board.rank:
                 self._said = verdict
-                self._say(verdict.line)
-        return True
+                return True, verdict.line
+        return True, ""
 
-    def _passed(self) -> None:
+    def _passed(self) -> str:
         """This rank does not stand still, or no longer."""
+        line = ""
         if self._said and self._why is None:
-            self._say(f"went on after {self._waited_s:.0f} s: {self._said.subject}")
+            line = f"went on after {self._waited_s:.0f} s: {self._said.subject}"
         self._longest_wait_s = max(self._longest_wait_s, self._waited_s)
         self._waited_s, self._said, self._found = 0.0, None, None
         self._known.clear()
+        return line
 
     def _judge(self, seen: dict[int, Seen], final: bool = False) -> Verdict | None:
         early = time.monotonic() - self._first_step < EARLY_S
