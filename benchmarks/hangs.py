@@ -218,6 +218,7 @@ def trial(kind: str, fault: str, culprit: int, chooser: random.Random, corpus: P
     return {
         "kind": kind, "fault": fault, "rank": culprit, "named_s": named_s, "on_every_exit": every,
         "line": (lines or ends or [""])[0],
+        "exits": ends,
     }  # fmt: skip
 
 

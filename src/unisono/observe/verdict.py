@@ -226,7 +226,9 @@ def _parted(seen: dict[int, Seen]) -> Verdict | None:
             f"{_ranks(ranks)} began {operation}"
             + (f" of {_size(size)}" if size >= 0 else "")
             + (f" in {by}" if (by := by_rank[ranks[0]][2]) else "")
-            for (operation, size), ranks in sorted(kinds.items(), key=lambda item: len(item[1]))
+            for (operation, size), ranks in sorted(
+                kinds.items(), key=lambda item: (len(item[1]), item[1])
+            )
         ]
         where = f"collective {sequence} of group {key.partition('/')[0]!r}"
         text = f"ranks have parted: as {where} " + ", ".join(parts)
@@ -303,7 +305,7 @@ def _circle(seen: dict[int, Seen]) -> Verdict | None:
             kinds[str(known.record.wait)].append(rank)
     parts = [
         f"{_ranks(ranks)} in {what} at {_place(seen[ranks[0]].record)}"
-        for what, ranks in sorted(kinds.items(), key=lambda item: len(item[1]))
+        for what, ranks in sorted(kinds.items(), key=lambda item: (len(item[1]), item[1]))
     ]
     text = "ranks wait for one another: " + ", ".join(parts)
     return Verdict("circle", _fewest(kinds.values()), text)

@@ -172,8 +172,8 @@ class Watch:
             final = time.monotonic() > deadline
             with self._lock:
                 verdict = self._judge(self._look(self._post()), final)
-            if verdict is None or verdict.kind == "slow":
-                verdict = self._found or verdict
+            if self._found and (verdict is None or verdict.kind in ("slow", self._found.kind)):
+                verdict = self._found  # when all ranks were still there to be seen
             if final or (verdict and verdict.kind != "slow"):
                 self._why = verdict.text if verdict else ""
                 return self._why

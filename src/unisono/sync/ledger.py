@@ -108,7 +108,12 @@ class Handle:
     """A collective on its way. `done` never blocks; `wait` returns when the result is usable."""
 
     def __init__(
-        self, work: Any, entry: Entry | None, position: Position | None, ledger: Ledger, cuda: bool
+        self,
+        work: Any,
+        entry: Entry | None,
+        ledger: Ledger,
+        position: Position | None = None,
+        cuda: bool = False,
     ) -> None:
         self._work, self._entry, self._position = work, entry, position
         self._ledger, self._cuda = ledger, cuda
@@ -205,7 +210,7 @@ class Group:
     ) -> Handle:
         """`alike`: every rank's `tensor` has the same number of bytes."""
         if self._position is None:
-            return Handle(None, None, None, self.ledger, cuda=False)
+            return Handle(None, None, self.ledger)
         self._sequence += 1
         payload_bytes = _nbytes(tensor) if alike else -1
         entry = Entry(
@@ -220,7 +225,7 @@ class Group:
             entry.calls = _calls()
             here.witness.issued(self._position, entry)
         try:
-            return Handle(call(), entry, self._position, self.ledger, tensor.is_cuda)
+            return Handle(call(), entry, self.ledger, self._position, tensor.is_cuda)
         except RuntimeError as error:
             where = f"on starting {operation} {self._sequence} of group {self.name!r}"
             raise _lost(where, here, error) from error
