@@ -39,7 +39,7 @@ OPERATIONS = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "broad
 
 
 class Tape:
-    """The newest collectives that a rank has begun, in shared memory. 1 us each to write."""
+    """The newest collectives that a rank has begun, in shared memory."""
 
     def __init__(self, path: Path, write: bool = False) -> None:
         size = _SLOT.size * _SLOTS

@@ -163,7 +163,7 @@ CALLS = 3
 
 
 def _calls() -> tuple[tuple[CodeType, int], ...]:
-    """The innermost calls outside of this file; less than 1 us."""
+    """The innermost calls outside of this file."""
     frame = sys._getframe(2)
     while frame.f_back and frame.f_code.co_filename == __file__:
         frame = frame.f_back
