@@ -27,6 +27,7 @@ bench: $(VENV)/.dev
 
 drill: $(VENV)/.dev
 	$(BIN)/pytest -m slow --durations=10
+	$(BIN)/python benchmarks/hangs.py
 
 # torch comes first and is pinned, so that nothing installed later replaces its build.
 $(VENV)/constraints.txt:

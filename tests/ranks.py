@@ -59,6 +59,9 @@ class Ranks:
     def alive(self) -> bool:
         return all(p.is_alive() for p in self._processes)
 
+    def gone(self, rank: int) -> bool:
+        return not self._processes[rank].is_alive()
+
     def join(self) -> None:
         for process in self._processes:
             process.join()

@@ -96,9 +96,9 @@ DOWNWARDS = {
     "data": {"errors", "files", "config", "data"},
     "model": {"errors", "model"},
     "generate": {"errors", "train.checkpoint"},
-    "replicas": {"errors", "sync"},
+    "replicas": {"errors", "sync", "observe.watch"},
     "plan": {"errors", "config", "world", "train.scaling"},
-    "observe": {"errors", "clock", "files", "observe", "train.trial"},
+    "observe": {"errors", "clock", "files", "observe", "train.trial", "sync.ledger", "sync.board"},
 }
 """What each part may import of ours. `train`, `verify` and `cli` stand above all of it."""
 

@@ -30,6 +30,11 @@ class Clock:
         before, self._phase, self._since = self._phase, phase, now
         return before
 
+    @property
+    def phase(self) -> str:
+        """The present one; any thread may ask."""
+        return self._phase
+
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         before = self._switch(phase)

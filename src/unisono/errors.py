@@ -45,6 +45,10 @@ class ReplicaError(UnisonoError):
     """Replicas disagree, or one of them failed and the others stopped with it."""
 
 
+class LostReplicas(ReplicaError):
+    """A collective did not end: a peer is gone, stands still, or does something else."""
+
+
 class Stopped(UnisonoError):
     """A signal asked for the end and everything is committed."""
 

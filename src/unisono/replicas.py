@@ -9,9 +9,11 @@
         optimizer.step(); optimizer.zero_grad()
 
 Gradients leave while the backward pass runs (sync/exact.py); after `finish` they are the gradients
-of the mean over the whole global batch, equal on every replica.
+of the mean over the whole global batch, equal on every replica. A rank that hangs, fails or does
+something else than the others is named on standard error and in what they raise (observe/watch.py).
 """
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from unisono.errors import UnisonoError
+from unisono.observe.watch import Watch
 from unisono.sync import broadcast_model
 from unisono.sync.digest import check_replicas
 from unisono.sync.exact import Exact
@@ -31,6 +34,8 @@ class Replicas:
 
     def __init__(self, model: nn.Module, bucket_mb: float = 4.0, timeout_s: float = 600.0) -> None:
         self.ledger = Ledger()
+        self._watch = Watch.begin(self.ledger)
+        atexit.register(self._watch.end_with_program)  # which does not hold the model
         self._model = model
         self._group = Group("replicas", self.ledger, timeout_s)
         broadcast_model(model, self._group)
@@ -66,6 +71,8 @@ class Replicas:
     def close(self) -> None:
         """Remove the hooks; the model is an ordinary one again."""
         self._exact.close()
+        atexit.unregister(self._watch.end_with_program)
+        self._watch.end()
 
 
 def replicate(model: nn.Module, bucket_mb: float = 4.0, timeout_s: float = 600.0) -> Replicas:

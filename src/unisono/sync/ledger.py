@@ -12,19 +12,22 @@ from the source.
 
 import contextlib
 import os
+import re
+import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from types import CodeType
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from unisono.clock import Clock
-from unisono.errors import ReplicaError
+from unisono.errors import LostReplicas
 
 # torch 2.13 renames the two; the new names have the same signature.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -40,10 +43,56 @@ class Entry:
     sequence: int
     sent_bytes: int
     started: float
+    payload_bytes: int = -1
+    """What every rank of the group must hand in alike; -1 where ranks may differ."""
+    calls: tuple[tuple[CodeType, int], ...] = ()
+    """Who began it: code and line, innermost first. Only kept for a witness."""
     waited_s: float = 0.0
     """How long this rank stood still for it."""
     finished: float = 0.0
     """When this rank knew that it was finished."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far this rank is in one group. `key` names the group alike on all its ranks, and no other."""
+
+    key: str
+    ranks: tuple[int, ...]
+    """Of all ranks, those in the group."""
+    issued: deque[Entry] = field(default_factory=lambda: deque(maxlen=64))
+    """The newest ones, in order."""
+
+
+class Witness(Protocol):
+    """Who follows a ledger while it is written (observe/watch.py)."""
+
+    def issued(self, position: Position, entry: Entry) -> None:
+        """Called before each collective begins. Must be quick."""
+
+    def why_lost(self) -> str:
+        """Called when a collective has failed: who is to blame, in one line; "" if nobody knows."""
+        ...
+
+
+@dataclass
+class Whereabouts:
+    """Where this rank stands, for other ranks to know. Written by one thread, read by another.
+
+    Holds no reference to torch's works or groups: see Group on why those must be able to go. Where
+    handing a collective to a GPU's stream is all that `wait` does, an event tells when it is done.
+    """
+
+    positions: dict[str, Position] = field(default_factory=dict)
+    standing: tuple[Position, Entry, float] | None = None
+    """The collective that this rank stands still in, and since when (time.perf_counter())."""
+    queued: deque[tuple[Position, Entry, torch.cuda.Event]] = field(default_factory=deque)
+    """Waited for by a stream only, oldest first, while a witness takes them away."""
+    witness: Witness | None = None
+
+
+QUEUED = 64
+"""At most so many events are kept; the oldest are those that a hang is in."""
 
 
 @dataclass
@@ -51,6 +100,7 @@ class Ledger:
     """What this rank has communicated. Not thread-safe."""
 
     clock: Clock = field(default_factory=Clock)
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
     entries: deque[Entry] = field(default_factory=lambda: deque(maxlen=4096))
     """The newest ones; totals below count all."""
     sent_bytes: int = 0
@@ -60,31 +110,71 @@ class Ledger:
 class Handle:
     """A collective on its way. `done` never blocks; `wait` returns when the result is usable."""
 
-    def __init__(self, work: Any, entry: Entry | None, ledger: Ledger) -> None:
-        self._work, self._entry, self._ledger = work, entry, ledger
+    def __init__(
+        self,
+        work: Any,
+        entry: Entry | None,
+        ledger: Ledger,
+        position: Position | None = None,
+        cuda: bool = False,
+    ) -> None:
+        self._work, self._entry, self._position = work, entry, position
+        self._ledger, self._cuda = ledger, cuda
 
     def done(self) -> bool:
         return self._work is None or bool(self._work.is_completed())
 
     def wait(self) -> None:
-        """Raises ReplicaError when a peer is gone or the timeout is over."""
+        """Raises LostReplicas when a peer is gone or the timeout is over."""
         if self._work is None:
             return
-        assert self._entry is not None
+        assert self._entry is not None and self._position is not None
+        here, entry = self._ledger.whereabouts, self._entry
         began = time.perf_counter()
+        here.standing = self._position, entry, began
         try:
             with self._ledger.clock.standing_still():
                 self._work.wait()
         except RuntimeError as error:
-            entry = self._entry
-            raise ReplicaError(
-                f"lost the other replicas in {entry.operation} {entry.sequence} of group "
-                f"{entry.group!r} after {time.perf_counter() - entry.started:.1f} s: "
-                f"{str(error).splitlines()[0]}"
+            after_s = time.perf_counter() - entry.started
+            raise _lost(
+                f"in {entry.operation} {entry.sequence} of group {entry.group!r} after {after_s:.1f} s",
+                here,
+                error,
             ) from error
-        self._entry.finished = time.perf_counter()
-        self._entry.waited_s += self._entry.finished - began
+        finally:
+            here.standing = None
+        entry.finished = time.perf_counter()
+        entry.waited_s += entry.finished - began
+        if self._cuda and here.witness is not None and len(here.queued) < QUEUED:
+            event = torch.cuda.Event()
+            event.record()
+            here.queued.append((self._position, entry, event))
         self._work = None
+
+
+def _lost(where: str, here: Whereabouts, error: RuntimeError) -> LostReplicas:
+    """gloo's own words without its source file and its guesses."""
+    backend = re.sub(r"^\[/\S+\] ", "", str(error).splitlines()[0]).partition(". This is typ")[0]
+    why = here.witness.why_lost() if here.witness is not None else None
+    return LostReplicas(
+        f"lost the other replicas {where}: " + (f"{why} ({backend})" if why else backend)
+    )
+
+
+CALLS = 3
+
+
+def _calls() -> tuple[tuple[CodeType, int], ...]:
+    """The innermost calls outside of this file."""
+    frame = sys._getframe(2)
+    while frame.f_back and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    found = [(frame.f_code, frame.f_lineno)]
+    while frame.f_back and len(found) < CALLS:
+        frame = frame.f_back
+        found.append((frame.f_code, frame.f_lineno))
+    return tuple(found)
 
 
 class Group:
@@ -108,32 +198,48 @@ class Group:
         # Weak: torch's own reference is the only one, so that leaving the replicas ends the group's
         # threads. One that still ran while the interpreter shuts down would abort the process.
         self._reference: weakref.ref[dist.ProcessGroup] | None = None
+        self._position: Position | None = None
         if self.size > 1:
             with yielding_threads():
                 group = existing or dist.new_group(timeout=timedelta(seconds=timeout_s))
             self._reference = weakref.ref(group)
+            # torch gives a group the same name on all its ranks; disjoint ones may share one.
+            ranks = tuple(dist.get_process_group_ranks(group))
+            key = f"{name}/{group.group_name}/{ranks[0]}"
+            self._position = Position(key, ranks)
+            ledger.whereabouts.positions[key] = self._position
 
-    def _issue(self, operation: str, sent_bytes: int, call: Any) -> Handle:
-        if self.size == 1:
+    def _issue(
+        self, operation: str, sent_bytes: int, tensor: torch.Tensor, call: Any, alike: bool = True
+    ) -> Handle:
+        """`alike`: every rank's `tensor` has the same number of bytes."""
+        if self._position is None:
             return Handle(None, None, self.ledger)
         self._sequence += 1
-        entry = Entry(operation, self.name, self._sequence, sent_bytes, time.perf_counter())
+        payload_bytes = _nbytes(tensor) if alike else -1
+        entry = Entry(
+            operation, self.name, self._sequence, sent_bytes, time.perf_counter(), payload_bytes
+        )
         self.ledger.entries.append(entry)
         self.ledger.sent_bytes += sent_bytes
         self.ledger.collectives += 1
+        here = self.ledger.whereabouts
+        self._position.issued.append(entry)
+        if here.witness is not None:
+            entry.calls = _calls()
+            here.witness.issued(self._position, entry)
         try:
-            return Handle(call(), entry, self.ledger)
+            return Handle(call(), entry, self.ledger, self._position, tensor.is_cuda)
         except RuntimeError as error:
-            raise ReplicaError(
-                f"lost the other replicas on starting {operation} {self._sequence} of group "
-                f"{self.name!r}: {str(error).splitlines()[0]}"
-            ) from error
+            where = f"on starting {operation} {self._sequence} of group {self.name!r}"
+            raise _lost(where, here, error) from error
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> Handle:
         """Collective: row r of `sent` goes to rank r; row r of `received` comes from rank r."""
         return self._issue(
             "all-to-all",
             _nbytes(sent) * (self.size - 1) // self.size,
+            sent,
             lambda: dist.all_to_all_single(received, sent, group=self._group, async_op=True),
         )
 
@@ -155,9 +261,11 @@ class Group:
         return self._issue(
             "all-to-all",
             row_bytes * (sum(sent_rows) - sent_rows[self.rank]),
+            sent,
             lambda: dist.all_to_all_single(
                 received, sent, received_rows, sent_rows, group=self._group, async_op=True
             ),
+            alike=False,
         )
 
     def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> Handle:
@@ -174,6 +282,7 @@ class Group:
         return self._issue(
             "all-gather",
             _nbytes(chunk) * (self.size - 1),
+            chunk,
             lambda: _gather_into(whole.view(-1), chunk.view(-1), group=self._group, async_op=True),
         )
 
@@ -185,6 +294,7 @@ class Group:
         return self._issue(
             "reduce-scatter",
             _nbytes(sent) * (self.size - 1) // self.size,
+            sent,
             lambda: _scatter_into(
                 received.view(-1), sent.view(-1), group=self._group, async_op=True
             ),
@@ -195,6 +305,7 @@ class Group:
         return self._issue(
             "all-reduce",
             2 * _nbytes(tensor) * (self.size - 1) // self.size,
+            tensor,
             lambda: dist.all_reduce(tensor, group=self._group, async_op=True),
         )
 
@@ -204,6 +315,7 @@ class Group:
         return self._issue(
             "broadcast",
             sent,
+            tensor,
             lambda: dist.broadcast(tensor, source, group=self._group, async_op=True),
         )
 
@@ -215,6 +327,8 @@ class Group:
         """Collective: end the process group. Every collective must have been waited for."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
+        if self._position is not None:
+            self.ledger.whereabouts.positions.pop(self._position.key, None)
 
     def barrier(self) -> None:
         """Collective: returns when every rank has come here."""

@@ -119,7 +119,7 @@ def set_up(
         ).on_every_rank()
     _same_threads(votes, screen)
     run = Path(config.output_dir)
-    tokenizer, prepared = _prepare_data(config, world, screen, run)
+    tokenizer, prepared = _prepare_data(config, world, screen, ledger, run)
     train_blocks, eval_blocks = prepared.blocks("train"), prepared.blocks("eval")
     found = _find_checkpoint(config, run, _identity(prepared), world, votes, screen)
 
@@ -267,10 +267,11 @@ def _write_plan(job: Job) -> None:
 
 
 def _prepare_data(
-    config: Config, world: World, screen: Screen, run: Path
+    config: Config, world: World, screen: Screen, ledger: Ledger, run: Path
 ) -> tuple["PreTrainedTokenizerFast", Prepared]:
     """Collective: tokenize once on each host, then open it on every rank."""
-    patient = Group("preparation", Ledger(), PREPARATION_TIMEOUT_S)
+    apart = Ledger(whereabouts=ledger.whereabouts)  # no part of the run, but a hang has a name
+    patient = Group("preparation", apart, PREPARATION_TIMEOUT_S)
     cache = cache_folder()
     quarantine = run / "quarantine.jsonl"
 

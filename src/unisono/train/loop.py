@@ -26,6 +26,7 @@ from unisono.files import RunLock, write_json
 from unisono.observe.metrics import Metrics
 from unisono.observe.receipt import STEP_PHASES, Receipt, make_receipt, render
 from unisono.observe.screen import Screen, StepLine
+from unisono.observe.watch import watched
 from unisono.sync.digest import check_replicas
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
@@ -59,6 +60,7 @@ def train(config: Config, world: World, screen: Screen) -> Receipt | None:
     """
     with watching() as stop, joined(world), ExitStack() as stack:
         ledger = Ledger()
+        stack.enter_context(watched(ledger, screen.warn if world.is_main else None))
         votes = Group("votes", ledger, config.timeout_s)
         lock = RunLock(Path(config.output_dir))
         attempt(votes, lambda: stack.enter_context(lock), mine=world.is_main)
