@@ -409,7 +409,8 @@ def _charts(
         chart("exposed", "Not computing", "% of step time", [
             line("communication", series(rows, "comm/exposed_fraction", 100), "communication"),
             line("waiting", series(rows, "comm/waiting_fraction", 100), "waiting"),
-        ], zero=True, short_=True, note="Exposed communication, and waiting for a slower replica: rank 0 as it went."),
+        ], zero=True, short_=True, note="Exposed communication, and waiting for a slower replica: rank 0 as it went. "
+              "What a step waited for others is settled one step later, so a row of one step may fall below zero."),
         chart("mfu", "Model FLOPs used", "%", [line("MFU", series(rows, "perf/mfu", 100), "a")], zero=True, short_=True),
         chart("noise", "Gradient noise scale", "tokens", [
             line("noise scale", noise, "a"),
@@ -636,7 +637,7 @@ def _collectives(raw: Any) -> list[Row]:
 
 
 def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
-    """Collectives of the recorded steps beside the probe's: [whole tensor's bytes, bus GB/s].
+    """Collectives of the recorded steps beside the probe's: [whole tensor's bytes, bus MB/s].
 
     nccl-tests' bus bandwidth is what each rank sends over the time. A collective has begun when the
     last rank came and is known to have ended when the first rank knew; overlapped with computation
@@ -658,14 +659,14 @@ def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
         sent = max(c["bytes"] for c in each)
         if seconds > 0 and sent > 0:
             whole = sent * n / (n - 1) / (2 if operation == "all-reduce" else 1)
-            points[operation].append([round(whole), short(sent / seconds / 1e9)])
+            points[operation].append([round(whole), short(sent / seconds / 1e6)])
     lines: dict[str, list[list[float]]] = defaultdict(list)
     for c in probe.get("collectives") or ():
         if isinstance(c, Mapping):
             size, speed = number(c.get("bytes")), number(c.get("busbw_GBps"))
             if size and speed and size > 0 and speed > 0:
                 axis = f" over {c['axis']}" if c.get("axis") else ""
-                lines[f"{c.get('operation', '')}{axis}"].append([size, short(speed)])
+                lines[f"{c.get('operation', '')}{axis}"].append([size, short(speed * 1e3)])
     if not points and not lines:
         return None
     return {
@@ -734,7 +735,7 @@ def _changed(runs: Sequence[Row]) -> list[list[str]]:
         if len(set(row[1:])) > 1
         and row[0] != "output_dir"
         # What follows from the configuration under the same name is said once.
-        and not (row[0].startswith("plan: ") and row[0][6:] in asked)
+        and row[0].partition(": ")[2] not in asked
     ]
 
 

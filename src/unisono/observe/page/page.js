@@ -43,7 +43,7 @@ function num(v) {
 function tickText(v) {
   const a = Math.abs(v);
   for (const [size, unit] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
-    if (a >= size && a >= 1e4) return `${Number((v / size).toPrecision(4))}${unit}`;
+    if (a >= size) return `${Number((v / size).toPrecision(4))}${unit}`;
   }
   if (a && a < 1e-3) return v.toExponential().replace("e-", "e−");
   return String(Number(v.toPrecision(6)));
@@ -171,12 +171,12 @@ function axes(root, x, y, { l, r, t, b }, w, h, { xText = tickText, yText = tick
       svg("text", { x: l - 8, y: y(v) + 4, "text-anchor": "end" }, yText(v)));
   }
   root.append(svg("line", { class: "axis", x1: l, x2: w - r, y1: h - b, y2: h - b }));
-  const marks = x.ticks(Math.max(2, Math.floor((w - l - r) / 90)));
+  const marks = x.ticks(Math.max(2, Math.floor((w - l - r) / 90))).filter((v) => !xLabel || x(v) > l + 8);
   for (const v of marks) {
     root.append(svg("line", { class: "axis", x1: x(v), x2: x(v), y1: h - b, y2: h - b + 4 }),
       svg("text", { x: x(v), y: h - b + 17, "text-anchor": "middle" }, xText(v)));
   }
-  if (xLabel) root.append(svg("text", { x: w - r, y: h - b - 5, "text-anchor": "end" }, xLabel));
+  if (xLabel) root.append(svg("text", { x: l - 8, y: h - b + 17, "text-anchor": "end" }, xLabel));
 }
 // Labels at the end of lines, pushed apart where they would touch.
 function spread(labels, low, high) {
@@ -197,8 +197,8 @@ function lineChart(spec, wide) {
     const alone = spec.lines.length === 1 && !spec.rules.length;
     const ends = !alone && w > 560;
     const h = spec.low ? 150 : w > 560 ? 250 : 210;
-    const longest = Math.max(...spec.lines.map((s) => s.name.length), 0);
-    const pad = { l: 52, r: ends ? Math.min(150, 14 + longest * 7) : 12, t: alone || ends ? 10 : 24, b: 26 };
+    const longest = Math.max(...spec.lines.map((s) => s.name.length), ...spec.rules.map(([label, v]) => 1 + label.length + num(v).length));
+    const pad = { l: 52, r: ends ? Math.min(230, 16 + longest * 6.6) : 12, t: alone || ends ? 10 : 24, b: 26 };
     const root = canvas(w, h, `${spec.title}${spec.unit ? ` in ${spec.unit}` : ""} over steps`);
     const steps = spec.lines.flatMap((s) => s.points.map((p) => p[0]));
     const x = scale(Math.min(...steps), Math.max(...steps), pad.l, w - pad.r, false);
@@ -210,11 +210,14 @@ function lineChart(spec, wide) {
     for (const [label, value] of spec.rules) {
       if (log && value <= 0) continue;
       root.append(svg("line", { class: "rule", x1: pad.l, x2: w - pad.r, y1: y(value), y2: y(value) }));
-      const under = y(value) < pad.t + 16;
-      root.append(svg("text", { x: w - pad.r - 4, y: y(value) + (under ? 15 : -5), "text-anchor": "end" }, `${label} ${num(value)}`));
     }
     const labels = [];
     let left = pad.l;
+    const name = (text, at, kind) => {
+      if (ends) return labels.push({ text, kind, y: at + 4 });
+      root.append(svg("text", { class: kind, x: left, y: 12 }, text));
+      left += text.length * (kind ? 7 : 6.3) + 16;
+    };
     for (const s of spec.lines) {
       const group = svg("g", { class: `c-${s.colour}` });
       if (s.points.some((p) => p.length > 2)) {
@@ -227,16 +230,15 @@ function lineChart(spec, wide) {
         for (const p of s.points) group.append(svg("circle", { class: "fill", cx: x(p[0]), cy: y(p[1]), r: s.points.length > 60 ? 2 : 3.5 }));
       }
       const last = s.points[s.points.length - 1];
-      if (ends) labels.push({ s, y: y(last[1]) + 4 });
-      else if (!alone) {
-        group.append(svg("text", { class: "ink label", x: left, y: 12 }, s.name));
-        left += s.name.length * 6.8 + 16;
-      }
+      if (!alone) name(s.name, y(last[1]), `ink label c-${s.colour}`);
       root.append(group);
     }
+    for (const [label, value] of spec.rules) {
+      if (!log || value > 0) name(`${ends ? "" : "- - "}${label} ${num(value)}`, y(value), "");
+    }
     spread(labels, pad.t + 8, h - pad.b);
-    for (const { s, y: at } of labels) {
-      root.append(svg("text", { class: `ink label c-${s.colour}`, x: w - pad.r + 8, y: at }, s.name));
+    for (const { text, kind, y: at } of labels) {
+      root.append(svg("text", { class: kind, x: w - pad.r + 8, y: at }, text));
     }
     const all = [...new Set(steps)].sort((a, b) => a - b);
     const cross = svg("g", {});
@@ -398,9 +400,10 @@ function lanes(step, [low, high], w, zoom, select) {
   const inside = svg("g", { "clip-path": "url(#window)" });
   root.append(inside);
   const items = [];
-  const rect = (a, b, y, height, kind, text) => {
+  // What is thinner than a pixel stays so, lest a thousand calls of microseconds look like a lot.
+  const rect = (a, b, y, height, kind, text, least = 0.15) => {
     if (b < low || a > high) return;
-    const left = Math.max(x(a), pad.l - 2), width = Math.max(0.8, Math.min(x(b), w) - left);
+    const left = Math.max(x(a), pad.l - 2), width = Math.max(least, Math.min(x(b), w) - left);
     const node = svg("rect", { x: left.toFixed(2), y, width: width.toFixed(2), height, ...kind });
     inside.append(node);
     if (text) items.push({ node, a, b, left, right: left + width, y, height, text });
@@ -419,7 +422,7 @@ function lanes(step, [low, high], w, zoom, select) {
       const text = [`rank ${rank.rank}: ${operation} ${sequence} (${group})`, `sends ${bytes(sent)}`,
         end === null ? "still on its way when the step ended" : `${ms(end - a)} from start to known finished`,
         `stood still ${ms(waited)}${blamed >= 0.05 ? `, ${ms(blamed)} of it until rank ${last} came` : ""}`].join("\n");
-      rect(a, until, y, thin, { class: "fill c-communication" }, text);
+      rect(a, until, y, thin, { class: "fill c-communication" }, text, 1);
       if (waited > 0 && end !== null) rect(Math.max(a, end - waited), end, y, thin, { fill: "url(#hatch)" }, "");
     });
   });
@@ -498,10 +501,10 @@ function bandwidth(found) {
   const colours = ["a", "b", "c", "d", "e", "checkpoint", "evaluation", "run7"];
   const names = [...new Set([...found.points, ...found.lines].map((s) => s.name))];
   const colour = (name) => { const base = names.indexOf(name); return colours[base % colours.length]; };
-  return figure("Bus bandwidth by size", "GB/s", "Size: the whole tensor. Bus bandwidth as nccl-tests defines it: what each rank sends over the time. Dots: collectives of the recorded steps, from the last rank's arrival until the first rank knew the end; what overlapped with computation may have been faster. Lines: the probe.", (w) => {
+  return figure("Bus bandwidth by size", "MB/s", "Size: the whole tensor. Bus bandwidth as nccl-tests defines it: what each rank sends over the time. Dots: collectives of the recorded steps, from the last rank's arrival until the first rank knew the end; what overlapped with computation may have been faster. Lines: the probe.", (w) => {
     const pad = { l: 52, r: 14, t: 8, b: 28 }, h = w > 560 ? 290 : 230;
     const every = [...found.points, ...found.lines].flatMap((s) => s.points);
-    const root = canvas(w, h, "Bus bandwidth in GB/s by bytes");
+    const root = canvas(w, h, "Bus bandwidth in MB/s by bytes");
     const x = scale(Math.min(...every.map((p) => p[0])) / 1.3, Math.max(...every.map((p) => p[0])) * 1.3, pad.l, w - pad.r, true);
     const y = scale(Math.min(...every.map((p) => p[1])) / 1.4, Math.max(...every.map((p) => p[1])) * 1.4, h - pad.b, pad.t, true);
     const powers = [];
@@ -516,9 +519,9 @@ function bandwidth(found) {
     const items = [];
     for (const s of found.points) for (const p of s.points) {
       root.append(svg("circle", { class: `fill c-${colour(s.name)}`, cx: x(p[0]), cy: y(p[1]), r: 3.2, opacity: 0.75 }));
-      items.push({ x: x(p[0]), y: y(p[1]), text: `${s.name} of ${bytes(p[0])}\n${num(p[1])} GB/s` });
+      items.push({ x: x(p[0]), y: y(p[1]), text: `${s.name} of ${bytes(p[0])}\n${num(p[1])} MB/s` });
     }
-    for (const s of found.lines) for (const p of s.points) items.push({ x: x(p[0]), y: y(p[1]), text: `probe: ${s.name} of ${bytes(p[0])}\n${num(p[1])} GB/s` });
+    for (const s of found.lines) for (const p of s.points) items.push({ x: x(p[0]), y: y(p[1]), text: `probe: ${s.name} of ${bytes(p[0])}\n${num(p[1])} MB/s` });
     const ring = svg("circle", { r: 5.5, class: "hot", fill: "none", visibility: "hidden" });
     root.append(ring);
     explore(root, items.length, (px, py) => {
@@ -581,7 +584,7 @@ function folded(id, title, ...parts) {
 }
 function chartsOf(run, ...names) {
   const found = names.map((n) => run.charts.find((c) => c.id === n)).filter(Boolean);
-  return found.length ? el("div", { class: "grid" }, found.map((c) => lineChart(c, found.length === 1 || c.id === "loss" || c.id === "throughput"))) : null;
+  return found.length ? el("div", { class: "grid" }, found.map((c) => lineChart(c, c.id === "loss" || c.id === "throughput" || found.length < 3))) : null;
 }
 
 function showRun(run) {
