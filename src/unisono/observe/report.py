@@ -105,7 +105,7 @@ class Folder:
                 "torn by a stop in the middle of a write, or damaged",
                 "nothing to do: the next start of the run cuts a torn line off",
             )
-        rows = [row for row in rows if isinstance(row.get("step"), int)]
+        rows = [r for r in rows if isinstance(r.get("step"), int) and number(r["step"]) is not None]
         if not rows and not lines:
             self.lacks(what, f"{name} is empty so far", how)
         return rows
@@ -418,7 +418,7 @@ def _charts(
         ], rules=[("this batch", batch or None)], log=True,
             note="Below the noise scale a larger batch still saves steps; far above it, it saves none."),
         chart("memory", "Memory", "GiB", [line("in use", series(rows, "perf/memory_bytes", 2**-30), "a")],
-              rules=[("weights, gradients, optimizer", (number(plan.get("model_bytes")) or 0) / 2**30),
+              rules=[("model and optimizer", (number(plan.get("model_bytes")) or 0) / 2**30),
                      ("forecast", (number(forecast.get("memory_bytes")) or 0) / 2**30)], zero=True),
     ]  # fmt: skip
     return [c for c in charts if c]
@@ -660,18 +660,21 @@ def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
         if seconds > 0 and sent > 0:
             whole = sent * n / (n - 1) / (2 if operation == "all-reduce" else 1)
             points[operation].append([round(whole), short(sent / seconds / 1e6)])
-    lines: dict[str, list[list[float]]] = defaultdict(list)
+    lines: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
     for c in probe.get("collectives") or ():
         if isinstance(c, Mapping):
             size, speed = number(c.get("bytes")), number(c.get("busbw_GBps"))
             if size and speed and size > 0 and speed > 0:
-                axis = f" over {c['axis']}" if c.get("axis") else ""
-                lines[f"{c.get('operation', '')}{axis}"].append([size, short(speed * 1e3)])
+                where = str(c.get("operation", "")), str(c.get("axis") or "")
+                lines[where].append([size, short(speed * 1e3)])
     if not points and not lines:
         return None
     return {
-        "points": [{"name": k, "points": _thin(v)} for k, v in sorted(points.items())],
-        "lines": [{"name": k, "points": sorted(v)[:200]} for k, v in sorted(lines.items())][:16],
+        "points": [{"operation": k, "points": _thin(v)} for k, v in sorted(points.items())],
+        "lines": [
+            {"operation": operation, "axis": axis, "points": sorted(v)[:200]}
+            for (operation, axis), v in sorted(lines.items())
+        ][:16],
     }
 
 

@@ -16,7 +16,7 @@ function make(node, attributes, children) {
     else node.setAttribute(name, value);
   }
   for (const child of children.flat()) {
-    if (child !== null && child !== undefined && child !== "") node.append(child);
+    if (child !== null && child !== undefined && child !== "" && child !== false) node.append(child);
   }
   return node;
 }
@@ -149,12 +149,12 @@ function figure(title, unit, note, draw, wide) {
   const node = el("figure", { class: wide ? "wide" : null },
     title && el("figcaption", {}, el("h3", {}, title, unit && el("small", {}, unit))), box,
     note && el("p", { class: "note" }, note));
-  figures.push({ box, draw, width: 0 });
+  figures.push({ box, draw, width: 0, wide });
   return node;
 }
 function redraw(width) {
   for (const f of figures) {
-    const now = width || f.box.clientWidth;
+    const now = width ? (f.wide ? width : (width - 32) / 2) : f.box.clientWidth;
     if (now && now !== f.width) { f.width = now; f.box.replaceChildren(f.draw(now)); }
   }
 }
@@ -171,7 +171,7 @@ function axes(root, x, y, { l, r, t, b }, w, h, { xText = tickText, yText = tick
       svg("text", { x: l - 8, y: y(v) + 4, "text-anchor": "end" }, yText(v)));
   }
   root.append(svg("line", { class: "axis", x1: l, x2: w - r, y1: h - b, y2: h - b }));
-  const marks = x.ticks(Math.max(2, Math.floor((w - l - r) / 90))).filter((v) => !xLabel || x(v) > l + 8);
+  const marks = x.ticks(Math.max(2, Math.floor((w - l - r) / 72))).filter((v) => !xLabel || x(v) > l + 8);
   for (const v of marks) {
     root.append(svg("line", { class: "axis", x1: x(v), x2: x(v), y1: h - b, y2: h - b + 4 }),
       svg("text", { x: x(v), y: h - b + 17, "text-anchor": "middle" }, xText(v)));
@@ -191,14 +191,25 @@ function lineChart(spec, wide) {
   const values = spec.lines.flatMap((s) => s.points.flatMap((p) => p.slice(1)));
   const log = spec.log && Math.min(...values) > 0;
   const kept = values.concat(spec.rules.map((r) => r[1]).filter((v) => !log || v > 0));
-  const cut = spec.lines.some((s) => s.points.some((p) => p.length > 2));
-  const note = [spec.note, cut && "Line: mean of neighbouring rows; band: their least and greatest."].filter(Boolean).join(" ");
-  return figure(spec.title, spec.unit, note, (w) => {
+  return figure(spec.title, spec.unit, spec.note, (w) => {
     const alone = spec.lines.length === 1 && !spec.rules.length;
     const ends = !alone && w > 560;
-    const h = spec.low ? 150 : w > 560 ? 250 : 210;
+    const base = spec.low ? 150 : w > 560 ? 250 : 210;
     const longest = Math.max(...spec.lines.map((s) => s.name.length), ...spec.rules.map(([label, v]) => 1 + label.length + num(v).length));
-    const pad = { l: 52, r: ends ? Math.min(230, 16 + longest * 6.6) : 12, t: alone || ends ? 10 : 24, b: 26 };
+    const pad = { l: 52, r: ends ? Math.min(250, 16 + longest * 6.6) : 12, t: 10, b: 26 };
+    // Without room at the ends of the lines, their names stand in rows above.
+    const names = alone ? [] : [...spec.lines.map((s) => [s.name, `ink label c-${s.colour}`]),
+      ...spec.rules.map(([label, value]) => [`${ends ? "" : "- - "}${label} ${num(value)}`, ""])];
+    const above = [];
+    let left = pad.l, top = 12;
+    for (const [text, kind] of ends ? [] : names) {
+      const width = text.length * (kind ? 7.4 : 6.8);
+      if (left > pad.l && left + width > w) { left = pad.l; top += 15; }
+      above.push(svg("text", { class: kind, x: left, y: top }, text));
+      left += width + 14;
+    }
+    if (above.length) pad.t = top + 12;
+    const h = base + Math.max(0, pad.t - 24);
     const root = canvas(w, h, `${spec.title}${spec.unit ? ` in ${spec.unit}` : ""} over steps`);
     const steps = spec.lines.flatMap((s) => s.points.map((p) => p[0]));
     const x = scale(Math.min(...steps), Math.max(...steps), pad.l, w - pad.r, false);
@@ -211,31 +222,25 @@ function lineChart(spec, wide) {
       if (log && value <= 0) continue;
       root.append(svg("line", { class: "rule", x1: pad.l, x2: w - pad.r, y1: y(value), y2: y(value) }));
     }
-    const labels = [];
-    let left = pad.l;
-    const name = (text, at, kind) => {
-      if (ends) return labels.push({ text, kind, y: at + 4 });
-      root.append(svg("text", { class: kind, x: left, y: 12 }, text));
-      left += text.length * (kind ? 7 : 6.3) + 16;
-    };
+    const heights = [];
     for (const s of spec.lines) {
       const group = svg("g", { class: `c-${s.colour}` });
       if (s.points.some((p) => p.length > 2)) {
         const up = s.points.map((p) => `${x(p[0]).toFixed(1)},${y(p[3] ?? p[1]).toFixed(1)}`);
         const down = s.points.map((p) => `${x(p[0]).toFixed(1)},${y(p[2] ?? p[1]).toFixed(1)}`).reverse();
-        group.append(svg("path", { class: "area fill", d: `M${up.concat(down).join("L")}Z` }));
+        group.append(svg("path", { class: "area fill line", d: `M${up.concat(down).join("L")}Z` }));
       }
       group.append(svg("path", { class: "ln line", d: `M${s.points.map((p) => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join("L")}` }));
       if (s.dots || s.points.length === 1) {
         for (const p of s.points) group.append(svg("circle", { class: "fill", cx: x(p[0]), cy: y(p[1]), r: s.points.length > 60 ? 2 : 3.5 }));
       }
       const last = s.points[s.points.length - 1];
-      if (!alone) name(s.name, y(last[1]), `ink label c-${s.colour}`);
+      heights.push(y(last[1]));
       root.append(group);
     }
-    for (const [label, value] of spec.rules) {
-      if (!log || value > 0) name(`${ends ? "" : "- - "}${label} ${num(value)}`, y(value), "");
-    }
+    root.append(...above);
+    for (const [, value] of spec.rules) heights.push(log && value <= 0 ? h - pad.b : y(value));
+    const labels = ends ? names.map(([text, kind], k) => ({ text, kind, y: heights[k] + 4 })) : [];
     spread(labels, pad.t + 8, h - pad.b);
     for (const { text, kind, y: at } of labels) {
       root.append(svg("text", { class: kind, x: w - pad.r + 8, y: at }, text));
@@ -254,15 +259,15 @@ function lineChart(spec, wide) {
       const at = all[k];
       cross.append(svg("line", { class: "cross", x1: x(at), x2: x(at), y1: pad.t, y2: h - pad.b }));
       const text = [`step ${whole(at)}`];
-      let top = h;
+      let highest = h;
       for (const s of spec.lines) {
         const p = s.points.find((q) => q[0] === at);
         if (!p) continue;
-        top = Math.min(top, y(p[1]));
+        highest = Math.min(highest, y(p[1]));
         cross.append(svg("circle", { class: `fill hot c-${s.colour}`, cx: x(at), cy: y(p[1]), r: 4 }));
         text.push(`${s.name} ${num(p[1])}${p.length > 2 ? ` (${num(p[2])} to ${num(p[3])})` : ""}`);
       }
-      return { x: x(at), y: top, text: text.join("\n") };
+      return { x: x(at), y: highest, text: text.join("\n") };
     });
     return root;
   }, wide);
@@ -288,9 +293,9 @@ function waterfall(time) {
   const total = time.rows.reduce((sum, r) => sum + r.share, 0);
   body.append(el("tr", {}, el("th", { scope: "row" }, "sum"), el("td", { class: "n" }, percent(total)),
     el("td", { class: "n wide-only" }, ""), el("td", { class: "bar" }), el("td", {})));
-  return el("table", {},
+  return el("table", { class: "bars" },
     el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "phase"), el("th", { scope: "col", class: "n" }, "of the time"),
-      el("th", { scope: "col", class: "n wide-only" }, "a step"), el("th", { scope: "col" }, "from the first to the last"),
+      el("th", { scope: "col", class: "n wide-only" }, "a step"), el("th", { scope: "col", class: "bar" }, "from the first to the last"),
       el("th", { scope: "col", class: "n" }, "if it were gone"))), body);
 }
 function byRank(found) {
@@ -494,13 +499,15 @@ function forecast(found) {
     return el("tr", {}, el("th", { scope: "row" }, r.part), el("td", { class: "n" }, ms(r.forecast)), el("td", { class: "n" }, ms(r.measured)),
       el("td", { class: "n" }, off === null ? "–" : `${off >= 0 ? "+" : "−"}${percent(Math.abs(off))}`), el("td", { class: "bar" }, dumb));
   }), found.facts.map(([name, a, b]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "n" }, a), el("td", { class: "n" }, b), el("td", {}), el("td", {}))));
-  return el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "part of a step"), el("th", { scope: "col", class: "n" }, "○ forecast"),
-    el("th", { scope: "col", class: "n" }, "● measured"), el("th", { scope: "col", class: "n" }, "off by"), el("th", { scope: "col" }, ""))), body);
+  return el("table", { class: "bars four" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "part of a step"), el("th", { scope: "col", class: "n" }, "○ forecast"),
+    el("th", { scope: "col", class: "n" }, "● measured"), el("th", { scope: "col", class: "n" }, "off by"), el("th", { scope: "col", class: "bar" }, ""))), body);
 }
 function bandwidth(found) {
   const colours = ["a", "b", "c", "d", "e", "checkpoint", "evaluation", "run7"];
-  const names = [...new Set([...found.points, ...found.lines].map((s) => s.name))];
-  const colour = (name) => { const base = names.indexOf(name); return colours[base % colours.length]; };
+  const names = [...new Set([...found.points, ...found.lines].map((s) => s.operation))];
+  const colour = (s) => colours[names.indexOf(s.operation) % colours.length];
+  const axis = [...new Set(found.lines.map((s) => s.axis))];
+  const dash = (s) => (axis.indexOf(s.axis) ? `${2 + 3 * axis.indexOf(s.axis)} 3` : null);
   return figure("Bus bandwidth by size", "MB/s", "Size: the whole tensor. Bus bandwidth as nccl-tests defines it: what each rank sends over the time. Dots: collectives of the recorded steps, from the last rank's arrival until the first rank knew the end; what overlapped with computation may have been faster. Lines: the probe.", (w) => {
     const pad = { l: 52, r: 14, t: 8, b: 28 }, h = w > 560 ? 290 : 230;
     const every = [...found.points, ...found.lines].flatMap((s) => s.points);
@@ -513,15 +520,15 @@ function bandwidth(found) {
     x.ticks = () => powers.filter((_, k) => k % stride === 0);
     axes(root, x, y, pad, w, h, { xText: bytes });
     for (const s of found.lines) {
-      root.append(svg("g", { class: `c-${colour(s.name)}` },
-        svg("path", { class: "ln line", d: `M${s.points.map((p) => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join("L")}` })));
+      root.append(svg("g", { class: `c-${colour(s)}` },
+        svg("path", { class: "ln line", "stroke-dasharray": dash(s), d: `M${s.points.map((p) => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join("L")}` })));
     }
     const items = [];
     for (const s of found.points) for (const p of s.points) {
-      root.append(svg("circle", { class: `fill c-${colour(s.name)}`, cx: x(p[0]), cy: y(p[1]), r: 3.2, opacity: 0.75 }));
-      items.push({ x: x(p[0]), y: y(p[1]), text: `${s.name} of ${bytes(p[0])}\n${num(p[1])} MB/s` });
+      root.append(svg("circle", { class: `fill c-${colour(s)}`, cx: x(p[0]), cy: y(p[1]), r: 3.2, opacity: 0.75 }));
+      items.push({ x: x(p[0]), y: y(p[1]), text: `${s.operation} of ${bytes(p[0])}\n${num(p[1])} MB/s` });
     }
-    for (const s of found.lines) for (const p of s.points) items.push({ x: x(p[0]), y: y(p[1]), text: `probe: ${s.name} of ${bytes(p[0])}\n${num(p[1])} MB/s` });
+    for (const s of found.lines) for (const p of s.points) items.push({ x: x(p[0]), y: y(p[1]), text: `probe: ${s.operation}${s.axis && ` over ${s.axis}`} of ${bytes(p[0])}\n${num(p[1])} MB/s` });
     const ring = svg("circle", { r: 5.5, class: "hot", fill: "none", visibility: "hidden" });
     root.append(ring);
     explore(root, items.length, (px, py) => {
@@ -535,7 +542,8 @@ function bandwidth(found) {
       ring.setAttribute("cy", items[k].y);
       return items[k];
     });
-    const legend = el("div", { class: "key" }, names.map((n) => el("span", { class: `c-${colour(n)}` }, el("i", { class: "bg" }), n)));
+    const legend = el("div", { class: "key" }, names.map((n) => el("span", { class: `c-${colour({ operation: n })}` }, el("i", { class: "bg" }), n)),
+      axis.length > 1 && axis.map((a, k) => el("span", {}, `probe over ${a}: ${k ? "dashed" : "solid"}`)));
     return el("div", {}, root, legend);
   }, true);
 }
@@ -582,10 +590,14 @@ function folded(id, title, ...parts) {
   node.addEventListener("toggle", () => (node.open ? chosen.open.add(id) : chosen.open.delete(id)));
   return node;
 }
-function chartsOf(run, ...names) {
-  const found = names.map((n) => run.charts.find((c) => c.id === n)).filter(Boolean);
-  return found.length ? el("div", { class: "grid" }, found.map((c) => lineChart(c, c.id === "loss" || c.id === "throughput" || found.length < 3))) : null;
+function lineCharts(title, found) {
+  if (!found.length) return null;
+  const cut = found.some((c) => c.lines.some((s) => s.points.some((p) => p.length > 2)));
+  const wide = (c) => c.id.startsWith("loss") || c.id.startsWith("throughput") || found.length < 3;
+  return section(title, cut && "Lines are means of neighbouring rows, bands their least and greatest.",
+    el("div", { class: "grid" }, found.map((c) => lineChart(c, wide(c)))));
 }
+const chartsOf = (run, title, ...names) => lineCharts(title, names.map((n) => run.charts.find((c) => c.id === n)).filter(Boolean));
 
 function showRun(run) {
   const parts = [
@@ -599,16 +611,12 @@ function showRun(run) {
       run.time.by_rank && byRank(run.time.by_rank)));
   }
   if (run.timeline) parts.push(section("Timeline of a step", "", timeline(run, run.timeline)));
-  const learning = chartsOf(run, "loss", "rate", "norm");
-  if (learning) parts.push(section("Learning", "", learning));
-  const speed = chartsOf(run, "throughput", "exposed", "mfu");
-  if (speed) parts.push(section("Speed", "", speed));
+  parts.push(chartsOf(run, "Learning", "loss", "rate", "norm"));
+  parts.push(chartsOf(run, "Speed", "throughput", "exposed", "mfu"));
   if (run.forecast) parts.push(section("Forecast against measurement", run.forecast.error === null ? "" : `The forecast of the step was ${percent(Math.abs(run.forecast.error))} off.`, forecast(run.forecast)));
   if (run.bandwidth) parts.push(section("The link", "", bandwidth(run.bandwidth)));
-  const batch = chartsOf(run, "noise");
-  if (batch) parts.push(section("Batch size", "", batch));
-  const memory = chartsOf(run, "memory");
-  if (memory) parts.push(section("Memory", "", memory));
+  parts.push(chartsOf(run, "Batch size", "noise"));
+  parts.push(chartsOf(run, "Memory", "memory"));
   if (run.plan.length) {
     parts.push(section("Plan", "What was decided before the first step, and why.", table(["", "value", "reason"], run.plan, "plan"),
       Object.keys(run.config).length ? folded(`${run.name}/config`, "Configuration as asked", table(null, Object.entries(run.config))) : null));
@@ -639,7 +647,7 @@ function showComparison(found) {
     parts.push(section("A step", "Milliseconds by phase, mean over ranks.", el("div", { class: "ranks" }, bars), key(used),
       table(["phase", ...found.time.map((t) => t.name)], used.map((p) => [p, ...found.time.map((t) => ms(t.rows[p]))]))));
   }
-  if (found.charts.length) parts.push(section("Over steps", "", el("div", { class: "grid" }, found.charts.map((c) => lineChart(c, true)))));
+  parts.push(lineCharts("Over steps", found.charts));
   parts.push(section("What changed", found.changed.length ? "" : "Configuration, plan and environment are the same.", found.changed.length ? table(["", ...data.runs.map((r) => r.name)], found.changed) : null));
   return parts;
 }
