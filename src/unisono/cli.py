@@ -66,9 +66,8 @@ def train(
     die_with_parent()
     world = from_env(asked.device, _threads(asked), asked.timeout_s)
     from unisono.observe.screen import Quiet, Screen
-    from unisono.train.loop import train as run
-
     from unisono.observe.serve import serving
+    from unisono.train.loop import train as run
 
     port = serve if world.is_main else None
     with (

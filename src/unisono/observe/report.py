@@ -136,6 +136,11 @@ def numbers(value: Any) -> dict[str, float]:
     return {str(k): v for k, raw in items if (v := number(raw)) is not None}
 
 
+def objects(value: Any) -> list[Mapping[str, Any]]:
+    """The mappings of a list."""
+    return [v for v in value if isinstance(v, Mapping)] if isinstance(value, list) else []
+
+
 def short(value: float) -> float:
     """Five significant digits: what a chart can show."""
     return float(f"{value:.5g}")
@@ -179,7 +184,9 @@ def chart(
     }  # fmt: skip
 
 
-def line(name: str, points: Sequence[Sequence[float]], colour: str = "a", dots: bool = False) -> Row:
+def line(
+    name: str, points: Sequence[Sequence[float]], colour: str = "a", dots: bool = False
+) -> Row:
     return {"name": name, "points": points, "colour": colour, "dots": dots}
 
 
@@ -203,9 +210,7 @@ def view(path: Path) -> Row:
         "Forecast against measurement",
         "unisono probe measures the machine and the link; a run that finds a probe is forecast",
     )
-    probe = folder.json(
-        "probe.json", "Bandwidth of the probe", "run unisono probe before the run"
-    )
+    probe = folder.json("probe.json", "Bandwidth of the probe", "run unisono probe before the run")
     steps = folder.lines(
         "timeline.jsonl", "Timeline", "train again: this run is of an older version"
     )
@@ -252,7 +257,9 @@ def _subtitle(config: Row, plan: Row, receipt: Row) -> str:
     return " · ".join(str(p) for p in parts if p)
 
 
-def _tiles(rows: list[Row], receipt: Row, step: int, last: float | None, forecast: Row) -> list[Row]:
+def _tiles(
+    rows: list[Row], receipt: Row, step: int, last: float | None, forecast: Row
+) -> list[Row]:
     """The numbers to see first."""
     tiles = []
 
@@ -262,7 +269,9 @@ def _tiles(rows: list[Row], receipt: Row, step: int, last: float | None, forecas
 
     rate = number(receipt.get("tokens_per_second"))
     if rate is None:
-        recent = [v for r in rows if (v := number(r.get("perf/tokens_per_second"))) is not None][-20:]
+        recent = [v for r in rows if (v := number(r.get("perf/tokens_per_second"))) is not None][
+            -20:
+        ]
         rate = statistics.median(recent) if recent else None
     foretold = number(forecast.get("tokens_per_second"))
     note = f"forecast {foretold:,.0f}" if foretold else "in steps, all replicas"
@@ -308,7 +317,7 @@ def _duration(seconds: float) -> str:
 
 def _time(rows: list[Row], receipt: Row) -> Row | None:
     """Seconds by phase, in all and by rank: the receipt's, or of the rows so far (rank 0)."""
-    by_rank = [numbers(r) for r in receipt.get("seconds_by_rank") or () if isinstance(r, Mapping)]
+    by_rank = [numbers(r) for r in objects(receipt.get("seconds_by_rank"))]
     source = "the receipt: mean over ranks"
     if not by_rank:
         so_far: dict[str, float] = defaultdict(float)
@@ -364,24 +373,23 @@ def _some_ranks(count: int, most: int, key: Callable[[int], float]) -> list[int]
 
 
 def _advice(receipt: Row) -> list[Row]:
-    found = []
-    for item in receipt.get("advice") or ():
-        if isinstance(item, Mapping):
-            found.append(
-                {
-                    "what": str(item.get("what", "")),
-                    "do": str(item.get("do", "")),
-                    "share": number(item.get("share")),
-                    "gain": number(item.get("gain")),
-                }
-            )
-    return found
+    return [
+        {
+            "what": str(item.get("what", "")),
+            "do": str(item.get("do", "")),
+            "share": number(item.get("share")),
+            "gain": number(item.get("gain")),
+        }
+        for item in objects(receipt.get("advice"))
+    ]
 
 
 def _charts(
     rows: list[Row], plan: Row, receipt: Row, forecast: Row, folder: Folder
 ) -> list[Row]:  # fmt: skip
-    batch = (number(plan.get("global_batch_size")) or 0) * (number(plan.get("sequence_length")) or 0)
+    batch = (number(plan.get("global_batch_size")) or 0) * (
+        number(plan.get("sequence_length")) or 0
+    )
     noise = series(rows, "batch/noise_scale_tokens")
     if not noise:
         folder.lacks(
@@ -517,10 +525,14 @@ def timeline(rows: list[Row]) -> Row | None:
     shown: list[Row] = []
     room = TIMELINE_BYTES
     for step in _in_order_of_interest(sorted(by_step)):
-        one = _step(step, sorted(by_step[step], key=lambda r: r["rank"]))
+        ordered = sorted(by_step[step], key=lambda r: r["rank"])
+        one, size, most = None, room + 1, 2 * MOST_RANKS
+        while size > room and most > 2 and not (shown and one):
+            most //= 2
+            one = _step(step, ordered, most)
+            size = len(json.dumps(one, separators=(",", ":")))
         if one is None:
             continue
-        size = len(json.dumps(one, separators=(",", ":")))
         if shown and size > room:
             break
         shown.append(one)
@@ -545,7 +557,8 @@ def _in_order_of_interest(steps: list[int]) -> list[int]:
     return order
 
 
-def _step(step: int, rows: list[Row]) -> Row | None:
+def _step(step: int, rows: list[Row], most: int) -> Row | None:
+    """One step, at most `most` ranks of it."""
     spans = {r["rank"]: _spans(r["spans"]) for r in rows}
     collectives = {r["rank"]: _collectives(r.get("collectives")) for r in rows}
     ends = [s[2] for each in spans.values() for s in each]
@@ -562,8 +575,10 @@ def _step(step: int, rows: list[Row]) -> Row | None:
     ranks = []
     kept = _some_ranks(
         len(rows),
-        MOST_RANKS,
-        lambda i: sum(s[2] - s[1] for s in spans[rows[i]["rank"]] if s[0] == PHASES.index("waiting")),
+        most,
+        lambda i: sum(
+            s[2] - s[1] for s in spans[rows[i]["rank"]] if s[0] == PHASES.index("waiting")
+        ),
     )
     for index, row in enumerate(rows):
         rank = row["rank"]
@@ -613,8 +628,8 @@ def _spans(raw: Any) -> list[list[float]]:
 
 def _collectives(raw: Any) -> list[Row]:
     found = []
-    for item in raw if isinstance(raw, list) else ():
-        if not isinstance(item, Mapping) or number(item.get("started_ms")) is None:
+    for item in objects(raw):
+        if number(item.get("started_ms")) is None:
             continue
         operation, group = str(item.get("operation", "")), str(item.get("group", ""))
         sequence = int(number(item.get("sequence")) or 0)
@@ -661,12 +676,11 @@ def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
             whole = sent * n / (n - 1) / (2 if operation == "all-reduce" else 1)
             points[operation].append([round(whole), short(sent / seconds / 1e6)])
     lines: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-    for c in probe.get("collectives") or ():
-        if isinstance(c, Mapping):
-            size, speed = number(c.get("bytes")), number(c.get("busbw_GBps"))
-            if size and speed and size > 0 and speed > 0:
-                where = str(c.get("operation", "")), str(c.get("axis") or "")
-                lines[where].append([size, short(speed * 1e3)])
+    for c in objects(probe.get("collectives")):
+        size, speed = number(c.get("bytes")), number(c.get("busbw_GBps"))
+        if size and speed and size > 0 and speed > 0:
+            where = str(c.get("operation", "")), str(c.get("axis") or "")
+            lines[where].append([size, short(speed * 1e3)])
     if not points and not lines:
         return None
     return {
@@ -766,10 +780,9 @@ def read(paths: Sequence[Path]) -> Row:
     if len(paths) > MOST_RUNS:
         raise UnisonoError(f"report: found {len(paths)} runs; give at most {MOST_RUNS}")
     runs = [view(path) for path in paths]
-    seen: dict[str, int] = defaultdict(int)
+    names = [run["name"] for run in runs]
     for run, path in zip(runs, paths, strict=True):
-        seen[run["name"]] += 1
-        if sum(r["name"] == run["name"] for r in runs) > 1:
+        if names.count(run["name"]) > 1:
             run["name"] = f"{path.resolve().parent.name}/{run['name']}"
     return {
         "phases": PHASES,

@@ -188,7 +188,9 @@ class Log:
                 device=_device_name(job.world), replicas=job.world.size, unisono=__version__
             )
             write_json(job.run / ENVIRONMENT, facts)
-            truncate_after(job.run / timeline.FILE, lambda row: row.get("step", 0) <= self.first_step)
+            truncate_after(
+                job.run / timeline.FILE, lambda row: row.get("step", 0) <= self.first_step
+            )
             self._rows = JsonLines(job.run / timeline.FILE)
 
     @contextmanager

@@ -98,14 +98,14 @@ function showTip(text, x, y) {
   tip.textContent = text;
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
-  tip.style.left = `${Math.max(6, Math.min(window.innerWidth - width - 6, x + 14))}px`;
-  tip.style.top = `${y - height - 12 < 4 ? y + 18 : y - height - 12}px`;
+  const left = Math.max(6, Math.min(document.documentElement.clientWidth - width - 6, x + 14));
+  tip.style.left = `${left + window.scrollX}px`;
+  tip.style.top = `${(y - height - 12 < 4 ? y + 18 : y - height - 12) + window.scrollY}px`;
 }
 function hideTip() {
   tip.hidden = true;
   if (later) { const draw = later; later = null; draw(); }
 }
-addEventListener("scroll", hideTip, { passive: true });
 
 // `items`: what can be pointed at, in the order of the arrow keys. `near(x, y)` in the SVG's own
 // units gives an index or -1; `mark(index)` highlights it (-1: none) and gives {x, y, text}.
