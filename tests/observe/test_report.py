@@ -201,7 +201,7 @@ def test_nothing_in_a_file_breaks_the_page(
     file = run / name
     before = file.read_text()
     try:
-        if name.endswith("lines") or name.endswith(".jsonl"):
+        if name.endswith(".jsonl"):
             rows = [json.loads(x) for x in before.splitlines()]
             rows = poisoned(rows, poison, where)
             file.write_text("".join(json.dumps(r) + "\n" for r in (rows if isinstance(rows, list) else [rows])))  # fmt: skip

@@ -98,7 +98,7 @@ def test_without_the_extra_metrics_says_what_to_install(
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     handler = object.__new__(serve.Handler)
     handler.page, handler.path = serve.Page(run), "/metrics"
-    handler.server = type("S", (), {"server_address": ("127.0.0.1", 1)})()
+    handler.connection = type("C", (), {"getsockname": lambda self: ("127.0.0.1", 1)})()
     handler.headers = {"Host": "127.0.0.1:1"}
     assert handler._respond() == (404, "text/plain", b"not installed: pip install 'unisono[prometheus]'\n")  # fmt: skip
 
@@ -141,7 +141,7 @@ def test_it_dies_with_a_run_that_is_killed(run: Path) -> None:
         [sys.executable, "-c", PARENT, str(run)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,  # fmt: skip
+        text=True,
     ) as parent:
         assert parent.stdout is not None
         pid, url = parent.stdout.readline().split()

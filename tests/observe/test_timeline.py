@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_a_run_records_whole_steps_of_every_rank(tmp_path: Path, replicas: int) 
     for row in rows:
         spans = row["spans"]
         assert spans[0][1] == pytest.approx(row["began_ms"], abs=0.5)
-        assert all(a[2] == pytest.approx(b[1], abs=0.002) for a, b in zip(spans, spans[1:], strict=False))  # fmt: skip
+        assert all(a[2] == pytest.approx(b[1], abs=0.002) for a, b in pairwise(spans))  # fmt: skip
         assert spans[-1][2] >= row["ended_ms"] - 0.002
         assert {"compute", "data", "optimizer"} <= {s[0] for s in spans}
         assert (row["offset_error_ms"] == 0) == (row["rank"] == 0)

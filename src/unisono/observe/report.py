@@ -27,6 +27,7 @@ from unisono.clock import PHASES
 from unisono.errors import UnisonoError
 from unisono.files import read_lines, readable_bytes, replacing
 
+NOTHING = "\N{EN DASH}"
 PAGE = Path(__file__).parent / "page"
 MOST_RUNS = 8
 MOST_POINTS = 400
@@ -172,7 +173,7 @@ def series(rows: Iterable[Row], name: str, scale: float = 1.0) -> list[list[floa
 def chart(
     name: str, title: str, unit: str, lines: Sequence[Row], *, log: bool = False,
     rules: Sequence[tuple[str, float | None]] = (), note: str = "", zero: bool = False,
-    short_: bool = False,
+    low: bool = False,
 ) -> Row | None:  # fmt: skip
     """What the script needs to draw lines over steps; None without a point."""
     drawn = [line for line in lines if line["points"]]
@@ -180,7 +181,7 @@ def chart(
         return None
     return {
         "id": name, "title": title, "unit": unit, "lines": drawn, "log": log, "zero": zero,
-        "rules": [[label, value] for label, value in rules if value], "note": note, "low": short_,
+        "rules": [[label, value] for label, value in rules if value], "note": note, "low": low,
     }  # fmt: skip
 
 
@@ -263,9 +264,9 @@ def _tiles(
     """The numbers to see first."""
     tiles = []
 
-    def tile(label: str, value: str | None, note: str = "") -> None:
+    def tile(label: str, value: float | None, form: Callable[[float], str], note: str) -> None:
         if value is not None:
-            tiles.append({"label": label, "value": value, "note": note})
+            tiles.append({"label": label, "value": form(value), "note": note})
 
     rate = number(receipt.get("tokens_per_second"))
     if rate is None:
@@ -275,36 +276,36 @@ def _tiles(
         rate = statistics.median(recent) if recent else None
     foretold = number(forecast.get("tokens_per_second"))
     note = f"forecast {foretold:,.0f}" if foretold else "in steps, all replicas"
-    tile("tokens/s", rate and f"{rate:,.0f}", note)
+    tile("tokens/s", rate, "{:,.0f}".format, note)
     n = number(receipt.get("replicas"))
-    efficiency = number(receipt.get("efficiency"))
-    tile("scaling efficiency", _percent(efficiency), f"of {n:g} × one replica alone" if n else "")
+    note = f"of {n:g} x one replica alone" if n else ""
+    tile("scaling efficiency", number(receipt.get("efficiency")), "{:.1%}".format, note)
     held = [(v, r["step"]) for r in rows if (v := number(r.get("eval/loss"))) is not None]
     if held:
         best, when = min(held)
-        tile("held-out loss", f"{best:.3f}", f"best, step {when:,}; perplexity {math.exp(min(best, 99)):,.1f}")  # fmt: skip
+        note = f"best, step {when:,}; perplexity {math.exp(min(best, 99)):,.1f}"
+        tile("held-out loss", best, "{:.3f}".format, note)
     loss = [v for r in rows if (v := number(r.get("train/loss"))) is not None]
-    tile("training loss", f"{loss[-1]:.3f}" if loss else None, "last row")
-    step_ms = number(receipt.get("step_ms"))
-    tile("step", step_ms and f"{step_ms:,.0f} ms" if step_ms and step_ms >= 10 else step_ms and f"{step_ms:.1f} ms", "mean")  # fmt: skip
-    wall = number(receipt.get("wall_s"))
-    tile("wall time", wall and _duration(wall), "since start or resume")
-    tile("MFU", _percent(_mfu(receipt.get("mfu"))), "model FLOPs used")
-    tile("goodput", _percent(_mfu(receipt.get("goodput"))), "time that became committed steps")
+    tile("training loss", loss[-1] if loss else None, "{:.3f}".format, "last row")
+    tile("step", number(receipt.get("step_ms")), _milliseconds, "mean")
+    tile("wall time", number(receipt.get("wall_s")), _duration, "since start or resume")
+    tile("MFU", _share(receipt.get("mfu")), "{:.1%}".format, "model FLOPs used")
+    note = "time that became committed steps"
+    tile("goodput", _share(receipt.get("goodput")), "{:.1%}".format, note)
     if not receipt and last:
-        tile("progress", f"{step / last:.0%}", f"step {step:,} of {int(last):,}")
+        tile("progress", step / last, "{:.0%}".format, f"step {step:,} of {int(last):,}")
     return tiles
 
 
-def _mfu(value: Any) -> float | None:
+def _share(value: Any) -> float | None:
     """A share, given bare or as {"value" | "share": ...}."""
     if isinstance(value, Mapping):
         value = value.get("value", value.get("share"))
     return number(value)
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f} ms" if value >= 10 else f"{value:.1f} ms"
 
 
 def _duration(seconds: float) -> str:
@@ -409,17 +410,17 @@ def _charts(
             line("training", series(rows, "train/loss"), "a"),
             line("held out", series(rows, "eval/loss"), "b", dots=True),
         ]),
-        chart("rate", "Learning rate", "", [line("learning rate", series(rows, "train/learning_rate"), "c")], zero=True, short_=True),
+        chart("rate", "Learning rate", "", [line("learning rate", series(rows, "train/learning_rate"), "c")], zero=True, low=True),
         chart("norm", "Gradient norm", "before clipping", [line("gradient norm", series(rows, "train/grad_norm"), "d")],
-              rules=[("clipped above", number(_config(folder, "max_grad_norm")))], log=True, short_=True),
+              rules=[("clipped above", number(_config(folder, "max_grad_norm")))], log=True, low=True),
         chart("throughput", "Throughput", "tokens/s", [line("all replicas", series(rows, "perf/tokens_per_second"), "a")],
               rules=[("forecast", number(forecast.get("tokens_per_second"))), ("mean", number(receipt.get("tokens_per_second")))], zero=True),
         chart("exposed", "Not computing", "% of step time", [
             line("communication", series(rows, "comm/exposed_fraction", 100), "communication"),
             line("waiting", series(rows, "comm/waiting_fraction", 100), "waiting"),
-        ], zero=True, short_=True, note="Exposed communication, and waiting for a slower replica: rank 0 as it went. "
+        ], zero=True, low=True, note="Exposed communication, and waiting for a slower replica: rank 0 as it went. "
               "What a step waited for others is settled one step later, so a row of one step may fall below zero."),
-        chart("mfu", "Model FLOPs used", "%", [line("MFU", series(rows, "perf/mfu", 100), "a")], zero=True, short_=True),
+        chart("mfu", "Model FLOPs used", "%", [line("MFU", series(rows, "perf/mfu", 100), "a")], zero=True, low=True),
         chart("noise", "Gradient noise scale", "tokens", [
             line("noise scale", noise, "a"),
             line("critical batch", series(rows, "batch/critical_tokens"), "b"),
@@ -463,7 +464,11 @@ def _forecast(forecast: Row, receipt: Row, rows: list[Row]) -> Row | None:
     return {
         "rows": table,
         "facts": [
-            [name, f.format(a) if a is not None else "–", f.format(b) if b is not None else "–"]
+            [
+                name,
+                f.format(a) if a is not None else NOTHING,
+                f.format(b) if b is not None else NOTHING,
+            ]
             for name, a, b, f in pairs
             if a is not None or b is not None
         ],
@@ -472,7 +477,8 @@ def _forecast(forecast: Row, receipt: Row, rows: list[Row]) -> Row | None:
 
 
 def _plan(plan: Row) -> list[list[str]]:
-    reasons = plan.get("reasons") if isinstance(plan.get("reasons"), Mapping) else {}
+    found = plan.get("reasons")
+    reasons = found if isinstance(found, Mapping) else {}
     hyper = numbers(plan.get("hyper"))
     rest = {k: v for k, v in plan.items() if k not in ("reasons", "hyper")}
     return [
@@ -489,7 +495,7 @@ def _text(name: str, value: Any) -> str:
             return "yes" if value else "no"
         if isinstance(value, list | tuple):
             return ", ".join(_text("", v) for v in value)
-        return "–" if value is None else str(value)
+        return NOTHING if value is None else str(value)
     if "bytes" in name:
         return readable_bytes(int(found))
     return f"{found:,}" if isinstance(value, int) else f"{found:.6g}"
@@ -676,10 +682,10 @@ def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
             whole = sent * n / (n - 1) / (2 if operation == "all-reduce" else 1)
             points[operation].append([round(whole), short(sent / seconds / 1e6)])
     lines: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-    for c in objects(probe.get("collectives")):
-        size, speed = number(c.get("bytes")), number(c.get("busbw_GBps"))
+    for p in objects(probe.get("collectives")):
+        size, speed = number(p.get("bytes")), number(p.get("busbw_GBps"))
         if size and speed and size > 0 and speed > 0:
-            where = str(c.get("operation", "")), str(c.get("axis") or "")
+            where = str(p.get("operation", "")), str(p.get("axis") or "")
             lines[where].append([size, short(speed * 1e3)])
     if not points and not lines:
         return None
@@ -744,7 +750,7 @@ def _changed(runs: Sequence[Row]) -> list[list[str]]:
         environment = {f"environment: {k}": v for k, v in run["environment"].items()}
         tables.append({**run["config"], **plan, **environment})
     names = list(dict.fromkeys(name for table in tables for name in table))
-    rows = [[name, *(table.get(name, "–") for table in tables)] for name in names]
+    rows = [[name, *(table.get(name, NOTHING) for table in tables)] for name in names]
     asked = {row[0].replace("_", " ") for row in rows if len(set(row[1:])) > 1}
     return [
         row

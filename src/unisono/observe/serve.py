@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _respond(self) -> tuple[int, str, bytes]:
-        port = self.server.server_address[1]
+        port = self.connection.getsockname()[1]
         if self.headers.get("Host") not in (f"{LOOPBACK}:{port}", f"localhost:{port}"):
             return 403, "text/plain", b"only for this host\n"
         path = self.path.partition("?")[0]
