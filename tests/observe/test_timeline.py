@@ -104,6 +104,23 @@ def test_a_run_records_whole_steps_of_every_rank(tmp_path: Path, replicas: int) 
     assert bool(kinds[0]) == (replicas > 1)
 
 
+def late_clock(world) -> None:
+    if world.rank == 1:
+        real = time.perf_counter
+        time.perf_counter = lambda: real() + 5.0
+
+
+def test_rows_of_hosts_whose_clocks_differ_are_on_one(tmp_path: Path) -> None:
+    corpus, output = write_corpus(tmp_path), tmp_path / "run"
+    config = make_job(corpus, output, max_steps=8)
+    run_ranks(run, 2, config, late_clock, join=False, env=cache(tmp_path))
+    for row in rows_of(output):
+        assert abs(row["began_ms"]) < 1000
+        assert abs(row["spans"][0][1]) < 1000
+        # A rank cannot have been done with a collective that another one had not begun.
+        assert all(abs(c["started_ms"]) < 1000 for c in row["collectives"])
+
+
 def test_a_resume_replaces_what_it_repeats(tmp_path: Path) -> None:
     corpus, output = write_corpus(tmp_path), tmp_path / "run"
     run_ranks(
