@@ -21,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+SERVE_PORT = 8642
+
 ConfigArgument = Annotated[
     str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")
 ]
@@ -37,6 +39,12 @@ def train(
     replicas: Annotated[
         int | None, typer.Option(min=1, help="Local replicas; default: one for each GPU, or one.")
     ] = None,
+    serve: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, metavar="[PORT]", help="Show the run's live page on 127.0.0.1."
+        ),
+    ] = None,
 ) -> None:
     """Train a causal language model; run it again to go on after a stop."""
     from unisono import config as config_module
@@ -51,15 +59,21 @@ def train(
             from unisono.launch.local import launch
 
             command = [sys.executable, "-m", "unisono", "train", config, *items]
+            command += [f"--serve={serve}"] if serve is not None else []
             raise typer.Exit(launch(command, count, _threads(asked)))
     from unisono.launch.local import die_with_parent
 
     die_with_parent()
     world = from_env(asked.device, _threads(asked), asked.timeout_s)
     from unisono.observe.screen import Quiet, Screen
+    from unisono.observe.serve import serving
     from unisono.train.loop import train as run
 
-    with Screen(every=asked.logging_steps) if world.is_main else Quiet() as screen:
+    port = serve if world.is_main else None
+    with (
+        Screen(every=asked.logging_steps) if world.is_main else Quiet() as screen,
+        serving(Path(asked.output_dir), port, screen.say, screen.warn),
+    ):
         run(asked, world, screen)
 
 
@@ -116,6 +130,25 @@ def verify(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The page; default: report.html in the first folder."),
+    ] = None,
+) -> None:
+    """Make one HTML page of a run, or of several side by side; it needs no network."""
+    from unisono.observe.report import write
+
+    path = output or runs[0] / "report.html"
+    data = write(runs, path)
+    print(path)
+    for run in data["runs"]:
+        for what, why, _ in run["missing"]:
+            print(f"  {run['name']}: without {what[0].lower()}{what[1:]} ({why})")
+
+
+@app.command()
 def fields(
     name: Annotated[str, typer.Argument(help="Only fields whose name contains this.")] = "",
 ) -> None:
@@ -169,6 +202,7 @@ def _local_replicas(asked: "Config") -> int:
 def main() -> None:
     """Run a verb; an error a user can act on is one line, anything else a traceback."""
     rank = os.environ.get("RANK", "")
+    sys.argv[1:] = _with_port(sys.argv[1:])
     try:
         app()
     except UnisonoError as error:
@@ -185,6 +219,15 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         _leave(EXIT_FAILED)
+
+
+def _with_port(arguments: list[str]) -> list[str]:
+    """`--serve` may stand without its port, also before an override."""
+    given = [*arguments[1:], ""]
+    return [
+        f"--serve={SERVE_PORT}" if word == "--serve" and not following.isdecimal() else word
+        for word, following in zip(arguments, given, strict=True)
+    ]
 
 
 def _leave(code: int) -> None:

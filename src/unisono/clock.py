@@ -21,12 +21,16 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.spans: list[tuple[str, float, float]] | None = None
+        """While this is a list, every stretch is noted: (phase, began, ended), time.perf_counter()."""
         self._phase = "other"
         self._since = time.perf_counter()
 
     def _switch(self, phase: str) -> str:
         now = time.perf_counter()
         self.seconds[self._phase] += now - self._since
+        if self.spans is not None:
+            self.spans.append((self._phase, self._since, now))
         before, self._phase, self._since = self._phase, phase, now
         return before
 

@@ -22,7 +22,9 @@ from unisono.clock import PHASES
 from unisono.config import Config
 from unisono.data import ledger as sample_ledger
 from unisono.errors import CheckpointError, Stopped
-from unisono.files import RunLock, write_json
+from unisono.files import JsonLines, RunLock, truncate_after, write_json
+from unisono.observe import timeline
+from unisono.observe.environment import environment
 from unisono.observe.metrics import Metrics
 from unisono.observe.receipt import STEP_PHASES, Receipt, make_receipt, render
 from unisono.observe.screen import Screen, StepLine
@@ -50,6 +52,7 @@ from unisono.train.trial import Baseline, measure_baseline
 from unisono.world import World, cache_folder, joined
 
 RECEIPT = "receipt.json"
+ENVIRONMENT = "environment.json"
 SAMPLES = "samples"
 
 
@@ -98,6 +101,9 @@ def take_steps(job: Job) -> Receipt:
     while progress.step < plan.max_steps and not stopping:
         began, waited_s = time.perf_counter(), clock.seconds["waiting"]
         sent_bytes = job.ledger.sent_bytes
+        recorded = progress.step + 1 in log.recorded
+        if recorded:
+            log.timeline.begin()
         advanced = advance(job, previous)
         if advanced is None:  # a signal came in the middle of a slow step, which is given up
             stopping = True
@@ -107,6 +113,8 @@ def take_steps(job: Job) -> Receipt:
             continue
         step_s, waited_s = time.perf_counter() - began, clock.seconds["waiting"] - waited_s
         log.sent_bytes += job.ledger.sent_bytes - sent_bytes
+        if recorded:
+            log.record(progress.step + 1)
         log.samples()
         rows = len(plan.positions(progress.step))
         progress.step += 1
@@ -172,6 +180,20 @@ class Log:
         self._samples = sample_ledger.Ledger(job.run / SAMPLES, job.world.rank)
         report_to = job.config.report_to
         self.metrics = Metrics(job.run, self.first_step, report_to) if job.world.is_main else None
+        self.timeline = timeline.Timeline(job.votes, job.world.host)
+        self.recorded = timeline.steps_to_record(
+            self.first_step, job.plan.max_steps, job.plan.eval_steps
+        )
+        self._rows: JsonLines | None = None
+        if job.world.is_main:
+            facts = environment(
+                device=_device_name(job.world), replicas=job.world.size, unisono=__version__
+            )
+            write_json(job.run / ENVIRONMENT, facts)
+            truncate_after(
+                job.run / timeline.FILE, lambda row: row.get("step", 0) <= self.first_step
+            )
+            self._rows = JsonLines(job.run / timeline.FILE)
 
     @contextmanager
     def _disk_may_fail(self, what: str) -> Iterator[None]:
@@ -186,6 +208,13 @@ class Log:
         """Record the samples of the step that has just been taken."""
         with self._disk_may_fail("the sample ledger"):
             self._samples.commit(self.job.progress.step + 1, own_samples(self.job))
+
+    def record(self, step: int) -> None:
+        """Collective: the timeline of the step that has just been taken."""
+        for row in self.timeline.end(step):
+            if self._rows:
+                with self._disk_may_fail(timeline.FILE):
+                    self._rows.append(row)
 
     def sync(self) -> None:
         """The sample ledger is on the disk, as the checkpoint will be."""
@@ -210,8 +239,8 @@ class Log:
         window.steps += 1
         phases = job.ledger.clock.read()
         if progress.step % job.config.logging_steps == 0 or final:
-            spent = {p: phases.get(p, 0.0) - window.phases_before.get(p, 0.0) for p in STEP_PHASES}
-            total = sum(spent.values()) or 1.0
+            spent = {p: phases.get(p, 0.0) - window.phases_before.get(p, 0.0) for p in PHASES}
+            total = sum(spent[p] for p in STEP_PHASES) or 1.0
             self.write(
                 train__loss=window.loss_sum / max(1, window.targets),
                 train__learning_rate=advanced.learning_rate,
@@ -221,6 +250,7 @@ class Log:
                 perf__step_time_s=window.seconds / window.steps,
                 comm__exposed_fraction=spent["communication"] / total,
                 comm__waiting_fraction=spent["waiting"] / total,
+                **{f"time__{p}_s": seconds for p, seconds in spent.items()},
             )
             self._window = _Window(phases_before=phases)
         self._live_line(phases)
@@ -263,6 +293,8 @@ class Log:
         self._samples.close()
         if self.metrics:
             self.metrics.close()
+        if self._rows:
+            self._rows.close()
 
 
 # --- what is due between steps, and at the end
@@ -398,7 +430,7 @@ def _finish(job: Job, receipt: Receipt, weights: Weights, digest: str) -> Receip
         job.screen.say("\nSample", "bold")
         job.screen.say(text + "\n")
     job.screen.show(render(receipt))
-    job.screen.say(f"model, metrics and receipt: {job.run}")
+    job.screen.say(f"model, metrics and receipt: {job.run}; as a page: unisono report {job.run}")
     return receipt
 
 

@@ -1,0 +1,222 @@
+"""The live page: three paths, this host only, and an end with the run however that comes."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from fake_run import metrics_row, write_lines, write_run
+from opened import Opened
+
+from jobs import job_fields, write_corpus
+from unisono.cli import SERVE_PORT, _with_port
+from unisono.observe import report, serve
+from unisono.observe.serve import Server, serving
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    run = write_run(tmp_path / "run")
+    (run / "receipt.json").unlink()
+    return run
+
+
+@pytest.fixture
+def server(run: Path) -> Iterator[Server]:
+    server = Server(run, 0)
+    yield server
+    server.stop()
+
+
+def get(url: str, **headers: str) -> tuple[int, dict[str, str], str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:  # fmt: skip
+            return answer.status, dict(answer.headers), answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read().decode()
+
+
+def test_it_shows_the_run_as_it_goes(server: Server, run: Path) -> None:
+    status, headers, page = get(server.url)
+    assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
+    assert "data-live" in page and "connect-src &#39;self&#39;" in page
+    status, headers, text = get(f"{server.url}data.json")
+    assert json.loads(text)["runs"][0]["step"] == 200
+    again = get(f"{server.url}data.json", **{"If-None-Match": headers["ETag"]})
+    assert again[0] == 304 and not again[2]
+    write_lines(run / "metrics.jsonl", [metrics_row(201)])
+    status, _, text = get(f"{server.url}data.json", **{"If-None-Match": headers["ETag"]})
+    assert status == 200 and json.loads(text)["runs"][0]["step"] == 201
+
+
+def test_it_serves_nothing_else(server: Server, run: Path) -> None:
+    for path in ("run.json", "../run.json", "%2e%2e/run.json", "/etc/passwd", "data.json/x"):
+        assert get(server.url + path)[0] == 404
+    request = urllib.request.Request(server.url, data=b"x", method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="501"):
+        urllib.request.urlopen(request, timeout=30)
+
+
+def test_only_this_host_is_answered(server: Server) -> None:
+    port = int(server.url.rstrip("/").rpartition(":")[2])
+    listening = [c for c in psutil.Process(server._process.pid).net_connections() if c.status == "LISTEN"]  # fmt: skip
+    assert [tuple(c.laddr) for c in listening] == [("127.0.0.1", port)]
+    for host, status in ((f"localhost:{port}", 200), ("evil.example", 403), (f"evil.example:{port}", 403)):  # fmt: skip
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/data.json", headers={"Host": host})
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+def test_metrics_for_prometheus(server: Server, run: Path) -> None:
+    pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    write_lines(run / "metrics.jsonl", [{"step": 300, "train/loss": 1.25, "note": "text"}])
+    status, _, text = get(f"{server.url}metrics")
+    assert status == 200
+    found = {m.name: m.samples[0].value for m in text_string_to_metric_families(text)}
+    assert found["unisono_step"] == 300 and found["unisono_train_loss"] == 1.25
+    assert found["unisono_perf_tokens_per_second"] == pytest.approx(12_000, abs=600)
+    assert "unisono_note" not in found
+
+
+def test_without_the_extra_metrics_says_what_to_install(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    handler = object.__new__(serve.Handler)
+    handler.page, handler.path = serve.Page(run), "/metrics"
+    handler.connection = type("C", (), {"getsockname": lambda self: ("127.0.0.1", 1)})()
+    handler.headers = {"Host": "127.0.0.1:1"}
+    assert handler._respond() == (404, "text/plain", b"not installed: pip install 'unisono[prometheus]'\n")  # fmt: skip
+
+
+def test_a_run_that_has_not_begun_is_answered_later(tmp_path: Path) -> None:
+    server = Server(tmp_path / "run", 0)
+    try:
+        assert get(server.url)[0] == 503
+        write_run(tmp_path / "run")
+        assert get(server.url)[0] == 200
+    finally:
+        server.stop()
+
+
+def test_a_port_that_is_taken_is_one_warning(run: Path) -> None:
+    said: list[str] = []
+    warned: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with serving(run, port, said.append, warned.append) as server:
+            assert server is None
+    assert said == [] and len(warned) == 1
+    assert f"port {port}" in warned[0] and "training goes on" in warned[0]
+    with serving(run, None, said.append, warned.append) as server:
+        assert server is None and said == []
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from unisono.observe.serve import Server
+server = Server(Path(sys.argv[1]), 0)
+print(server._process.pid, server.url, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_it_dies_with_a_run_that_is_killed(run: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(run)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        pid, url = parent.stdout.readline().split()
+        assert get(url)[0] == 200
+        beside = psutil.Process(int(pid))
+        parent.kill()
+        psutil.wait_procs([beside], timeout=30)
+        assert not psutil.pid_exists(int(pid)) or beside.status() == psutil.STATUS_ZOMBIE
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        urllib.request.urlopen(url, timeout=30)
+
+
+def test_a_crash_of_the_page_is_not_the_runs(run: Path) -> None:
+    with serving(run, 0, str, str) as server:
+        os.kill(server._process.pid, signal.SIGKILL)
+
+
+def test_the_port_may_be_left_out() -> None:
+    default = f"--serve={SERVE_PORT}"
+    assert _with_port(["train", "x", "--serve"]) == ["train", "x", default]
+    assert _with_port(["train", "x", "--serve", "a=1"]) == ["train", "x", default, "a=1"]
+    assert _with_port(["train", "x", "--serve", "80"]) == ["train", "x", "--serve", "80"]
+    assert _with_port(["train", "--serve=80", "x"]) == ["train", "--serve=80", "x"]
+
+
+def test_the_live_page_updates_and_says_the_end(browser: Any, run: Path) -> None:
+    from playwright.sync_api import expect
+
+    server = Server(run, 0)
+    try:
+        shown = Opened(browser, server.url)
+        page = shown.page
+        assert "step 200" in page.locator(".state").inner_text()
+        page.get_by_role("button", name="6", exact=True).click()
+        write_lines(run / "metrics.jsonl", [metrics_row(201)])
+        expect(page.locator(".state")).to_contain_text("step 201")
+        assert page.get_by_role("button", name="6", exact=True).get_attribute("aria-pressed") == "true"  # fmt: skip
+        assert shown.wrong == []
+        assert {u for u in shown.asked if not u.startswith("data:")} <= {server.url, f"{server.url}data.json"}  # fmt: skip
+    finally:
+        server.stop()
+    expect(page.locator("#made")).to_contain_text("has ended")
+
+
+def test_training_with_serve(tmp_path: Path) -> None:
+    """Two replicas: a page while they train, and nothing left behind after SIGTERM."""
+    config = tmp_path / "job.yaml"
+    output = tmp_path / "run"
+    config.write_text(yaml.safe_dump(job_fields(write_corpus(tmp_path), output, max_steps=100_000, replicas=2)))  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "unisono", "train", str(config), "--serve=0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+    ) as process:
+        try:
+            assert process.stdout is not None
+            url = ""
+            for line in process.stdout:
+                if line.startswith("live page: "):
+                    url = line.split()[-1]
+                if line.startswith("step 20/"):
+                    break
+            status, _, text = get(f"{url}data.json")
+            assert status == 200
+            shown = json.loads(text)["runs"][0]
+            assert shown["step"] >= 10 and shown["state"]["kind"] == "open"
+            assert shown["timeline"]["steps"][0]["num_ranks"] == 2
+            below = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            process.stdout.read()
+            assert process.wait(60) == 75
+            assert psutil.wait_procs(below, timeout=30)[1] == []
+        finally:
+            process.kill()
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        urllib.request.urlopen(url, timeout=30)
+    assert report.view(output)["timeline"]
