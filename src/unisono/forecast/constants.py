@@ -1,0 +1,75 @@
+"""The few numbers of the cost model that are neither counted nor stated by hardware, in one place.
+
+None is fitted to a run. `benchmarks/forecast.py --fit` chooses those of `Constants` that say so, by
+least absolute deviations over published runs of whole sources, and prints how well each source is
+foretold by the others alone (leave-one-source-out).
+"""
+
+from dataclasses import dataclass, field
+
+ACHIEVABLE = 0.75
+"""Best matrix product as a share of the peak where nobody published one: the middle of those who did
+(0.51 MI300X to 0.97 Gaudi2; hardware.toml)."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How much memory traffic a software stack leaves between matrix products."""
+
+    passes: float
+    """Times that the saved activations cross the memory bus in a forward pass; twice in backward."""
+    launches: int
+    """Kernels of one layer's forward pass; twice as many backward."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Of the cost model; dimensionless unless the name says a unit."""
+
+    # --- compute
+    matmul: float = 0.9
+    """16-bit matrix products of a model, as a share of the best published product. Fitted."""
+    matmul_fp32: float = 1.0
+    """Likewise in fp32 and tf32. Fitted."""
+    matmul_fp8: float = 0.8
+    """Likewise in fp8 and fp4, where scales cost as well. Fitted."""
+    flash: float = 0.6
+    """Fused attention, as a share of the best published product. Fitted."""
+    traffic: float = 1.0
+    """Times that a product's operands and result cross the memory bus. Fitted."""
+    eager: Kernels = field(default=Kernels(passes=3.0, launches=20))
+    """Every operation its own kernel. Passes fitted."""
+    fused: Kernels = field(default=Kernels(passes=2.0, launches=12))
+    """Hand-fused norms and activations, or a compiler. Passes fitted."""
+    launch_s: float = 6e-6
+    """A kernel launch from Python; the host limits small layers."""
+    optimizer_bytes: float = 38.0
+    """AdamW for one value: reads weight, gradient, two moments; writes weight, moments and a 16-bit
+    copy; reads the gradient once more for its norm and clears it: 16 + 12 + 2 + 4 + 4."""
+    usable_memory: float = 0.92
+    """Of a device's memory: the CUDA context, the collectives' own buffers (about 1 GiB) and gaps of
+    the allocator take the rest."""
+    # --- links
+    link_share: float = 0.79
+    """Bus bandwidth of an all-reduce inside a node over the link's: nccl-tests, 122 of 150 (V100),
+    235 of 300 (A100), 366 of 450 (H200 ring), 682 of 900 GB/s (B200 ring)."""
+    node_share: float = 0.95
+    """Likewise between nodes: 192 of 200 (DGX A100), 380 of 400 GB/s (DGX H100); NVIDIA GTC24 s62129."""
+    link_hop_s: float = 2.5e-6
+    """One hop of a ring inside a node: 44 us for 32 KiB on 8 A100 (14 hops of an all-reduce)."""
+    node_hop_s: float = 10e-6
+    """One hop of a ring between nodes. Fitted."""
+    tree_hop_s: float = 25e-6
+    """One level of a tree between nodes, up or down: 1 MiB all-reduces take 50 us longer with every
+    doubling of the nodes, 129 us on 4 and 552 us on 1,024 (H100, GTC24 s62129)."""
+    contention: float = 0.1
+    """Share of a hidden transfer that still slows compute down (kernels of the collective occupy
+    multiprocessors and memory). Fitted."""
+    jitter: float = 0.01
+    """Standard deviation of a rank's step time; the slowest of N ranks is waited for. Fitted."""
+    step_s: float = 0.003
+    """Of the host in every step: learning rate, logging, clearing gradients."""
+
+
+PRIOR = Constants()
+DEFAULT = PRIOR

@@ -1,0 +1,96 @@
+"""Bytes that one device holds at the peak of a step, by what they are.
+
+For Psi values in bf16 with float32 master weights and AdamW, 16 Psi bytes (Rajbhandari 2020, arXiv
+1910.02054): 2 weights, 2 gradients (4 if summed in float32), 12 optimizer. ZeRO-1 divides the optimizer
+by the ranks that own it, ZeRO-2 gradients as well, FSDP all. Activations are counted as in `compute`
+(Korthikanti 2022); full recomputation keeps 2 h bytes a token and layer, and one layer whole.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from unisono.forecast.compute import saved_bytes
+from unisono.forecast.constants import DEFAULT, Constants
+from unisono.forecast.cost import Run
+from unisono.forecast.hardware import DTYPE_BYTES
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    """Gathered layers, and buckets on the wire."""
+
+    @property
+    def total(self) -> float:
+        return (
+            self.weights + self.gradients + self.optimizer
+            + self.activations + self.logits + self.buffers
+        )  # fmt: skip
+
+
+def memory(run: Run) -> Memory:
+    """What `run` holds on one device; the caller adds what the runtime reserves."""
+    mesh, model = run.mesh, run.model
+    width = DTYPE_BYTES[run.dtype]
+    layers = math.ceil(model.layers / mesh.pipeline)
+    held = layers * model.layer_parameters + model.embedding_parameters / min(2, mesh.pipeline)
+    held /= mesh.tensor
+    owners = mesh.shard if run.strategy == "fsdp" or mesh.shard > 1 else mesh.data
+    master = 8 if width == 4 else 12
+    grad = max(width, run.gradient_bytes)
+    by = {  # (weights, gradients, optimizer) are divided by
+        "ddp": (1, 1, 1),
+        "exact": (1, 1, owners),
+        "zero1": (1, 1, owners),
+        "zero2": (1, owners, owners),
+        "fsdp": (owners, owners, owners),
+    }[run.strategy]
+    buffers = 0.0
+    if run.strategy == "fsdp" and owners > 1:
+        # Two layers gathered (one computes, one arrives), and one layer's whole gradients.
+        buffers = (2 * width + run.gradient_bytes) * model.layer_parameters / mesh.tensor
+    elif mesh.data > 1:
+        buffers = 2.0 * min(run.bucket_bytes, held * run.gradient_bytes)
+    here = run.micro_batch * run.sequence / mesh.context / mesh.tensor
+    one = here * saved_bytes(model, run.sequence, run.flash) * width / 2
+    in_flight = min(mesh.pipeline, run.accumulation)
+    kept = {
+        "none": one,
+        "selective": here * saved_bytes(model, run.sequence, True) * width / 2,
+        "full": here * model.hidden * width,
+    }[run.recompute]
+    kept = run.recompute_share * kept + (1 - run.recompute_share) * one
+    activations = in_flight * layers * kept + (one if run.recompute != "none" else 0)
+    logits = 10 * here * model.vocab * model.head_share  # 16 bits, float32, float32 gradient
+    return Memory(
+        width * held / by[0], grad * held / by[1], master * held / by[2], activations, logits, buffers
+    )  # fmt: skip
+
+
+def fits(run: Run, memory_bytes: float, constants: Constants = DEFAULT) -> bool:
+    """Whether `run` fits a device of `memory_bytes`, less what the runtime and its gaps take."""
+    return memory(run).total <= constants.usable_memory * memory_bytes
+
+
+def least_recompute(run: Run, memory_bytes: float) -> Run:
+    """`run` with as few layers recomputed whole as fit: none, some, or all of them."""
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        tried = replace(run, recompute="full" if share else "none", recompute_share=share or 1.0)
+        if fits(tried, memory_bytes):
+            return tried
+    return tried
+
+
+def largest_micro_batch(run: Run, batch: int, memory_bytes: float) -> int:
+    """The largest divisor of `batch` sequences that fits as one micro-batch; 0 if none does."""
+    for size in (n for n in range(batch, 0, -1) if batch % n == 0):
+        if fits(replace(run, micro_batch=size, accumulation=batch // size), memory_bytes):
+            return size
+    return 0
