@@ -10,7 +10,7 @@ of the throughput per device. A curve is the rows of one `curve_id` that differ 
 alone; its error at a count is the difference, in percentage points, of throughput per device relative
 to the curve's smallest count, which itself is not counted.
 
-Fitting: least absolute deviations of the logarithm, each source weighing as the root of its rows, with a
+Fitting: bounded absolute deviations of the logarithm, of rows and of curves, each source weighing as the root of its rows, with a
 pull towards the values that were written down beforehand; coordinate by coordinate, on a logarithmic
 scale. A source is a whole repository or paper.
 """
@@ -37,12 +37,14 @@ from unisono.forecast.network import fabric
 SHARED = Path(os.environ.get("UNISONO_SHARED", Path(__file__).parents[2] / "shared"))
 
 FITTED = {
-    "matmul": (0.5, 1.2), "matmul_fp32": (0.5, 1.3), "matmul_fp8": (0.4, 1.2), "flash": (0.2, 1.0),
+    "matmul": (0.5, 1.0), "matmul_tf32": (0.5, 1.0), "matmul_fp32": (0.5, 1.0), "matmul_fp8": (0.4, 1.0), "flash": (0.2, 1.2),
+    "flash_width": (4.0, 200.0), "early.passes": (1.0, 12.0),
     "traffic": (0.5, 4.0), "eager.passes": (1.0, 12.0), "fused.passes": (0.5, 8.0),
-    "node_hop_s": (2e-6, 60e-6), "contention": (0.02, 0.6), "jitter": (0.001, 0.05),
+    "node_hop_s": (2e-6, 60e-6), "contention": (0.02, 0.5), "jitter": (0.001, 0.05),
 }  # fmt: skip
 """Constants that are fitted, and the range that is physically sensible."""
 
+OUTLIER = 0.5
 PULL = 0.02
 """Weight of a constant's squared logarithmic distance from what was written down, against a source's
 mean absolute error."""
@@ -68,14 +70,28 @@ def with_value(constants: Constants, name: str, value: float) -> Constants:
 
 
 def loss(rows: Sequence[Published], constants: Constants) -> float:
-    errors = defaultdict(list)
-    for row in rows:
-        errors[row.source].append(abs(math.log(throughput(row, constants) / row.tokens_per_s)))
-    weight = sum(math.sqrt(len(e)) for e in errors.values())
-    fit = sum(math.sqrt(len(e)) * statistics.fmean(e) for e in errors.values()) / weight
-    return fit + PULL * statistics.fmean(
-        math.log(get(constants, name) / get(PRIOR, name)) ** 2 for name in FITTED
-    )
+    """Mean over sources of the mean bounded error, of throughput and of curves, and the pull."""
+    errors: dict[str, list[float]] = defaultdict(list)
+    bends: dict[str, list[float]] = defaultdict(list)
+    scored = forecast_all(rows, constants)
+    for s in scored:
+        errors[s.row.source].append(bounded(math.log(s.forecast / s.row.tokens_per_s)))
+    for base, s in curves(scored):
+        forecast, published = s.forecast / base.forecast, s.row.tokens_per_s / base.row.tokens_per_s
+        bends[s.row.source].append(bounded(math.log(forecast / published)))
+    pull = statistics.fmean(math.log(get(constants, n) / get(PRIOR, n)) ** 2 for n in FITTED)
+    return weighted(errors) + weighted(bends) + PULL * pull
+
+
+def bounded(error: float) -> float:
+    """|x| for small x, OUTLIER for large: a row that no setting explains says little."""
+    return abs(error) / (1 + abs(error) / OUTLIER)
+
+
+def weighted(parts: dict[str, list[float]]) -> float:
+    """Mean of the sources' means, each by the root of its rows."""
+    weight = sum(math.sqrt(len(part)) for part in parts.values())
+    return sum(math.sqrt(len(p)) * statistics.fmean(p) for p in parts.values()) / max(1.0, weight)
 
 
 def fit(rows: Sequence[Published], start: Constants) -> Constants:

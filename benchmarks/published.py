@@ -157,7 +157,7 @@ def setting(
     recompute = "full" if stated.startswith("full") else "selective" if "select" in stated else "none"
     run = Run(
         model, sequence, micro or 1, 1, mesh, kind, dtype, gradient, recompute,
-        stack="fused" if fused else "eager", flash=flash,
+        stack="fused" if fused else "early" if year < 2022 else "eager", flash=flash,
     )  # fmt: skip
     if batch:
         each = batch / count

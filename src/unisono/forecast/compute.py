@@ -16,6 +16,7 @@ from unisono.forecast.constants import DEFAULT, Constants
 from unisono.forecast.hardware import DTYPE_BYTES, Device
 
 Recompute = Literal["none", "selective", "full"]
+Stack = Literal["eager", "fused", "early"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def layer_work(
     sequence: int,
     dtype: str,
     recompute: Recompute = "none",
-    stack: Literal["eager", "fused"] = "fused",
+    stack: Stack = "fused",
     flash: bool = True,
     tensor: int = 1,
     context: int = 1,
@@ -59,7 +60,9 @@ def layer_work(
     width = DTYPE_BYTES[dtype]
     best = device.achievable
     wide = "bf16" if dtype in ("fp8", "fp4") else dtype
-    wide_rate = device.peak(wide) * best * (c.matmul_fp32 if width == 4 else c.matmul)
+    wide_rate = device.peak(wide) * {"fp32": c.matmul_fp32, "tf32": best * c.matmul_tf32}.get(
+        wide, best * c.matmul
+    )
     rate = device.peak(dtype) * best * c.matmul_fp8 if wide != dtype else wide_rate
     memory = device.memory_bytes_per_s
     here = tokens / context
@@ -70,12 +73,14 @@ def layer_work(
     d = model.heads * model.head_size / tensor
     scores = 4.0 * here * sequence * d
     if flash:
-        attention = scores / (2 if model.causal else 1) / (device.peak(wide) * best * c.flash)
+        narrow = 1 + c.flash_width / model.head_size
+        scores *= narrow / (2 if model.causal else 1)
+        attention = scores / (device.peak(wide) * best * c.flash)
         attention_back = 2.5 * attention  # scores are computed again (Dao 2022, arXiv 2205.14135)
     else:
         attention = scores / wide_rate
         attention_back = 2 * attention
-    kernels = c.eager if stack == "eager" else c.fused
+    kernels = {"eager": c.eager, "fused": c.fused, "early": c.early}[stack]
     kept = saved_bytes(model, sequence, flash) * width / 2 / tensor
     between = kernels.passes * here * kept / memory
 
@@ -83,11 +88,30 @@ def layer_work(
     forward = max(launch, products + moved + attention + between)
     backward = max(2 * launch, 2 * (products + moved + between) + attention_back)
     again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
+    if recompute == "selective" and flash:
+        mlp = model.hidden * model.ffn * (2 if model.gated else 1) / model.layer_parameters
+        again = mlp * products + between
 
     logits = model.head_share * here * model.vocab / tensor
     head = 2 * logits * model.hidden / wide_rate
     passes = 4 * logits * kernels.passes / memory  # float32 logits
     return Work(forward, backward, again, head + passes, 2 * head + passes)
+
+
+def kept_bytes(model: Architecture, sequence: int, flash: bool, recompute: Recompute) -> float:
+    """Of `saved_bytes`, what recomputation still keeps.
+
+    Full: a layer's input. Selective: without fused attention all but the scores (Korthikanti 2022);
+    with it a layer's input, query, key, value and attention's output, so that norms and the first
+    half of the MLP are computed again.
+    """
+    if recompute == "full":
+        return 2.0 * model.hidden
+    if recompute == "none":
+        return saved_bytes(model, sequence, flash)
+    if not flash:
+        return saved_bytes(model, sequence, True)
+    return 2.0 * (model.hidden + 2 * model.head_size * (model.heads + model.kv_heads))
 
 
 def optimizer_s(device: Device, values: float, constants: Constants = DEFAULT) -> float:

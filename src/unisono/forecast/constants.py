@@ -29,18 +29,25 @@ class Constants:
     # --- compute
     matmul: float = 0.9
     """16-bit matrix products of a model, as a share of the best published product. Fitted."""
-    matmul_fp32: float = 1.0
-    """Likewise in fp32 and tf32. Fitted."""
+    matmul_tf32: float = 0.9
+    """Likewise in tf32. Fitted."""
+    matmul_fp32: float = 0.93
+    """fp32 products on the vector units, as a share of the peak, which they nearly reach. Fitted."""
     matmul_fp8: float = 0.8
     """Likewise in fp8 and fp4, where scales cost as well. Fitted."""
     flash: float = 0.6
     """Fused attention, as a share of the best published product. Fitted."""
+    flash_width: float = 32.0
+    """Softmax and bookkeeping of fused attention, in columns of a head: the share of a head of size d
+    that is products is d / (d + this). Fitted."""
     traffic: float = 1.0
     """Times that a product's operands and result cross the memory bus. Fitted."""
     eager: Kernels = field(default=Kernels(passes=3.0, launches=20))
     """Every operation its own kernel. Passes fitted."""
     fused: Kernels = field(default=Kernels(passes=2.0, launches=12))
     """Hand-fused norms and activations, or a compiler. Passes fitted."""
+    early: Kernels = field(default=Kernels(passes=4.0, launches=25))
+    """Frameworks until 2021, before mixed precision and fused optimizers were common. Passes fitted."""
     launch_s: float = 6e-6
     """A kernel launch from Python; the host limits small layers."""
     optimizer_bytes: float = 38.0

@@ -19,7 +19,7 @@ from statistics import NormalDist
 from typing import Literal
 
 from unisono.forecast.architecture import Architecture
-from unisono.forecast.compute import Recompute, Work, layer_work, optimizer_s
+from unisono.forecast.compute import Recompute, Stack, Work, layer_work, optimizer_s
 from unisono.forecast.constants import DEFAULT, Constants
 from unisono.forecast.hardware import DTYPE_BYTES, Device
 from unisono.forecast.network import Fabric, Wire, wire
@@ -65,7 +65,7 @@ class Run:
     recompute_share: float = 1.0
     """Of the layers that `recompute` applies to."""
     bucket_bytes: float = 25 * 2**20
-    stack: Literal["eager", "fused"] = "fused"
+    stack: Stack = "fused"
     flash: bool = True
 
     @property
@@ -237,29 +237,37 @@ def _data_parallel(
         return _fsdp(run, held, layers, work, shard, replica, c)
 
     whole = wire(fabric, mesh.data, inner)
-    grads = held * run.gradient_bytes
+    table = run.model.vocab * run.model.hidden / mesh.tensor * run.gradient_bytes
+    grads = held * run.gradient_bytes - table
     buckets = max(1, math.ceil(grads / run.bucket_bytes))
     each = grads / buckets
     if run.strategy == "ddp":
-        return _hide_behind(backward, buckets, whole.all_reduce(each), c)
+        return _hide_behind(
+            backward, buckets, whole.all_reduce(each), whole.all_reduce(table), c
+        )
     if mesh.shard > 1 and mesh.replica > 1:  # optimizer shards inside a group, copies outside
-        owners, copies = shard, replica
-        out = owners.reduce_scatter(each) + copies.all_reduce(each / mesh.shard)
+        owners = shard
+
+        def out(size: float) -> float:
+            return shard.reduce_scatter(size) + replica.all_reduce(size / mesh.shard)
     else:
-        owners = whole
-        out = owners.reduce_scatter(each)
-    back = owners.all_gather(each * width / run.gradient_bytes)
+        owners, out = whole, whole.reduce_scatter
     if run.strategy == "exact":
+        # The table's gradient is early but for the rows that were looked up (sync/rows.py).
+        rows = min(run.model.vocab, run.micro_batch * run.sequence) * run.model.hidden * 4
+        back = owners.all_gather(each * width / run.gradient_bytes)
         lost = exposed_head(forward, buckets, back)
         lost += c.contention * max(0.0, buckets * back - lost)
-        return lost + _hide_behind(backward, buckets, out, c)
+        return lost + _hide_behind(backward, buckets, out(each + table / buckets), out(rows), c)
+    back = owners.all_gather((grads + table) * width / run.gradient_bytes)
     reduces = k if run.strategy == "zero2" else 1
-    return buckets * back + reduces * _hide_behind(backward, buckets, out, c)
+    return back + reduces * _hide_behind(backward, buckets, out(each), out(table), c)
 
 
-def _hide_behind(compute: float, buckets: int, each: float, c: Constants) -> float:
-    lost = exposed_tail(compute, buckets, each)
-    return lost + c.contention * max(0.0, buckets * each - lost)
+def _hide_behind(compute: float, buckets: int, each: float, last: float, c: Constants) -> float:
+    """Exposed: equal buckets as the backward pass goes, and `last`, which is ready at its end."""
+    lost = max(0.0, exposed_tail(compute, buckets, each)) + last
+    return lost + c.contention * max(0.0, buckets * each + last - lost)
 
 
 def _fsdp(
@@ -267,13 +275,16 @@ def _fsdp(
 ) -> float:
     """Exposed by all micro-batches: weights gathered for each pass, gradients scattered in backward.
 
-    With prefetch of one layer the layer takes max(compute, transfer); the first gather and the last
-    scatter stand alone. Copies (HSDP) are summed once a step beside the last backward pass.
+    With prefetch of one layer the layer takes max(compute, transfer); what is gathered first and
+    scattered last, the embeddings, stands alone. Copies (HSDP) are summed once a step beside the last
+    backward pass.
     """
     width = DTYPE_BYTES[run.dtype]
-    unit = held / (layers + 1)  # one layer; the embeddings count as one more
+    unit = run.model.layer_parameters / run.mesh.tensor
+    root = max(0.0, held - layers * unit)
     gather = shard.all_gather(unit * width)
     scatter = shard.reduce_scatter(unit * run.gradient_bytes)
+    ends = shard.all_gather(root * width) + shard.reduce_scatter(root * run.gradient_bytes)
     share = unit * run.gradient_bytes / run.mesh.shard
     copies = replica.all_reduce(share) if run.mesh.replica > 1 else 0.0
 
@@ -281,7 +292,7 @@ def _fsdp(
         return max(0.0, transfer - compute) + c.contention * min(compute, transfer)
 
     back = work.backward + work.again
-    forward = gather + layers * exposed(work.forward, gather)
-    behind = layers * exposed(back, gather + scatter) + scatter
-    last = layers * exposed(back, gather + scatter + copies) + scatter + copies
+    forward = layers * exposed(work.forward, gather) + ends
+    behind = layers * exposed(back, gather + scatter)
+    last = layers * exposed(back, gather + scatter + copies) + copies
     return run.accumulation * forward + (run.accumulation - 1) * behind + last

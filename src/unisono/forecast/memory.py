@@ -9,7 +9,7 @@ by the ranks that own it, ZeRO-2 gradients as well, FSDP all. Activations are co
 import math
 from dataclasses import dataclass, replace
 
-from unisono.forecast.compute import saved_bytes
+from unisono.forecast.compute import kept_bytes, saved_bytes
 from unisono.forecast.constants import DEFAULT, Constants
 from unisono.forecast.cost import Run
 from unisono.forecast.hardware import DTYPE_BYTES
@@ -61,11 +61,7 @@ def memory(run: Run) -> Memory:
     here = run.micro_batch * run.sequence / mesh.context / mesh.tensor
     one = here * saved_bytes(model, run.sequence, run.flash) * width / 2
     in_flight = min(mesh.pipeline, run.accumulation)
-    kept = {
-        "none": one,
-        "selective": here * saved_bytes(model, run.sequence, True) * width / 2,
-        "full": here * model.hidden * width,
-    }[run.recompute]
+    kept = here * kept_bytes(model, run.sequence, run.flash, run.recompute) * width / 2
     kept = run.recompute_share * kept + (1 - run.recompute_share) * one
     activations = in_flight * layers * kept + (one if run.recompute != "none" else 0)
     logits = 10 * here * model.vocab * model.head_share  # 16 bits, float32, float32 gradient
@@ -80,12 +76,17 @@ def fits(run: Run, memory_bytes: float, constants: Constants = DEFAULT) -> bool:
 
 
 def least_recompute(run: Run, memory_bytes: float) -> Run:
-    """`run` with as few layers recomputed whole as fit: none, some, or all of them."""
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        tried = replace(run, recompute="full" if share else "none", recompute_share=share or 1.0)
-        if fits(tried, memory_bytes):
-            return tried
-    return tried
+    """`run` with no more recomputed than must be to fit: of some layers, selectively or whole."""
+    whole = replace(run, recompute="none", recompute_share=1.0)
+    room = DEFAULT.usable_memory * memory_bytes
+    for kind in ("selective", "full"):
+        if memory(whole).total <= room:
+            return whole
+        tried = replace(run, recompute=kind, recompute_share=1.0)
+        most, least = memory(whole).total, memory(tried).total
+        if least <= room:
+            return replace(tried, recompute_share=min(1.0, max(0.0, (most - room) / (most - least))))
+    return replace(run, recompute="full", recompute_share=1.0)
 
 
 def largest_micro_batch(run: Run, batch: int, memory_bytes: float) -> int:
