@@ -80,11 +80,13 @@ def layer_work(
     else:
         attention = scores / wide_rate
         attention_back = 2 * attention
-    kernels = {"eager": c.eager, "fused": c.fused, "early": c.early}[stack]
+    passes = c.early_passes if stack == "early" else c.passes
     kept = saved_bytes(model, sequence, flash) * width / 2 / tensor
-    between = kernels.passes * here * kept / memory
+    between = passes * here * kept / memory
+    if stack == "eager":
+        between += here * eager_bytes(model) * width / 2 / tensor / memory
 
-    launch = kernels.launches * c.launch_s
+    launch = c.launches * c.launch_s
     forward = max(launch, products + moved + attention + between)
     backward = max(2 * launch, 2 * (products + moved + between) + attention_back)
     again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
@@ -94,8 +96,21 @@ def layer_work(
 
     logits = model.head_share * here * model.vocab / tensor
     head = 2 * logits * model.hidden / wide_rate
-    passes = 4 * logits * kernels.passes / memory  # float32 logits
-    return Work(forward, backward, again, head + passes, 2 * head + passes)
+    loss = 4 * logits * passes / memory  # float32 logits
+    return Work(forward, backward, again, head + loss, 2 * head + loss)
+
+
+def eager_bytes(model: Architecture) -> float:
+    """What a Llama's forward pass moves for one token and layer without fused kernels, beyond that.
+
+    Counted from its operations in 16 bits: each of two RMSNorms casts up, squares, averages, scales,
+    casts down, and multiplies by its weight (6 + 8 + 4 + 8 + 6 + 4 = 36 bytes a value); rotary
+    embedding casts query and key up, multiplies and casts down (6 + 8 + 6 = 20). LayerNorm is one
+    kernel everywhere.
+    """
+    if not model.gated:
+        return 0.0
+    return 72 * model.hidden + 20 * model.head_size * (model.heads + model.kv_heads)
 
 
 def kept_bytes(model: Architecture, sequence: int, flash: bool, recompute: Recompute) -> float:

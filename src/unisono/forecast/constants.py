@@ -5,21 +5,11 @@ least absolute deviations over published runs of whole sources, and prints how w
 foretold by the others alone (leave-one-source-out).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ACHIEVABLE = 0.75
 """Best matrix product as a share of the peak where nobody published one: the middle of those who did
 (0.51 MI300X to 0.97 Gaudi2; hardware.toml)."""
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """How much memory traffic a software stack leaves between matrix products."""
-
-    passes: float
-    """Times that the saved activations cross the memory bus in a forward pass; twice in backward."""
-    launches: int
-    """Kernels of one layer's forward pass; twice as many backward."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +32,13 @@ class Constants:
     that is products is d / (d + this). Fitted."""
     traffic: float = 1.0
     """Times that a product's operands and result cross the memory bus. Fitted."""
-    eager: Kernels = field(default=Kernels(passes=3.0, launches=20))
-    """Every operation its own kernel. Passes fitted."""
-    fused: Kernels = field(default=Kernels(passes=2.0, launches=12))
-    """Hand-fused norms and activations, or a compiler. Passes fitted."""
-    early: Kernels = field(default=Kernels(passes=4.0, launches=25))
-    """Frameworks until 2021, before mixed precision and fused optimizers were common. Passes fitted."""
+    passes: float = 2.0
+    """Times that kept activations cross the memory bus forward, twice as often backward: written and
+    read once; read, and their gradients read and written. Fitted."""
+    early_passes: float = 4.0
+    """Likewise in frameworks until 2021, whose mixed precision casts to and fro. Fitted."""
+    launches: int = 20
+    """Kernels of a layer's forward pass, of which a backward pass has twice as many."""
     launch_s: float = 6e-6
     """A kernel launch from Python; the host limits small layers."""
     optimizer_bytes: float = 38.0

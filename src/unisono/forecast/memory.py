@@ -64,7 +64,8 @@ def memory(run: Run) -> Memory:
     kept = here * kept_bytes(model, run.sequence, run.flash, run.recompute) * width / 2
     kept = run.recompute_share * kept + (1 - run.recompute_share) * one
     activations = in_flight * layers * kept + (one if run.recompute != "none" else 0)
-    logits = 10 * here * model.vocab * model.head_share  # 16 bits, float32, float32 gradient
+    # 16 bits, float32 and its gradient; a fused loss keeps 16 bits and their gradient.
+    logits = (4 if run.stack == "fused" else 10) * here * model.vocab * model.head_share
     return Memory(
         width * held / by[0], grad * held / by[1], master * held / by[2], activations, logits, buffers
     )  # fmt: skip
