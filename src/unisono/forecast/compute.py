@@ -129,9 +129,15 @@ def kept_bytes(model: Architecture, sequence: int, flash: bool, recompute: Recom
     return 2.0 * (model.hidden + 2 * model.head_size * (model.heads + model.kv_heads))
 
 
-def optimizer_s(device: Device, values: float, constants: Constants = DEFAULT) -> float:
-    """AdamW on `values` parameters of this device."""
-    return constants.optimizer_bytes * values / device.memory_bytes_per_s
+def optimizer_s(
+    model: Architecture, device: Device, values: float, stack: Stack, constants: Constants = DEFAULT
+) -> float:
+    """AdamW on `values` parameters of this device; early stacks step every tensor by itself."""
+    c = constants
+    if stack != "early":
+        return c.optimizer_bytes * values / device.memory_bytes_per_s
+    tensors = 16 * model.layers * values / model.parameters
+    return c.early_optimizer_bytes * values / device.memory_bytes_per_s + 12 * tensors * c.launch_s
 
 
 def _edges(model: Architecture) -> int:

@@ -44,6 +44,8 @@ class Constants:
     optimizer_bytes: float = 38.0
     """AdamW for one value: reads weight, gradient, two moments; writes weight, moments and a 16-bit
     copy; reads the gradient once more for its norm and clears it: 16 + 12 + 2 + 4 + 4."""
+    early_optimizer_bytes: float = 144.0
+    """Likewise without fusion: twelve kernels that read two float32 values and write one."""
     usable_memory: float = 0.92
     """Of a device's memory: the CUDA context, the collectives' own buffers (about 1 GiB) and gaps of
     the allocator take the rest."""

@@ -176,7 +176,7 @@ def compose(
     sent = _data_parallel(run, fabric, held, layers, forward, backward, work, c)
 
     owned = held / (1 if run.strategy == "ddp" or mesh.data == 1 else _owners(run))
-    update = optimizer_s(device, owned, c)
+    update = optimizer_s(model, device, owned, run.stack, c)
     busy = compute + again + across + bubble + update
     waiting = c.jitter * slowest(mesh.size) * (busy + sent)
     return Step(compute, again, sent, across, bubble, update, waiting, c.step_s)
