@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from published import Published, read
+from published import Published, alike_in_curves, curve_of, read
 
 from unisono.forecast.constants import DEFAULT, PRIOR, Constants
 from unisono.forecast.cost import step
@@ -40,7 +40,7 @@ FITTED = {
     "matmul": (0.5, 1.0), "matmul_tf32": (0.5, 1.0), "matmul_fp32": (0.5, 1.0), "matmul_fp8": (0.4, 1.0), "flash": (0.2, 1.2),
     "flash_width": (4.0, 200.0), 
     "traffic": (0.5, 4.0), "passes": (1.0, 8.0), "early_passes": (1.0, 12.0),
-    "node_hop_s": (2e-6, 60e-6), "contention": (0.02, 0.5), "jitter": (0.001, 0.05),
+    "node_hop_s": (2e-6, 60e-6), "contention": (0.02, 0.5), "jitter": (0.001, 0.05), "jitter_s": (0.0002, 0.02),
 }  # fmt: skip
 """Constants that are fitted, and the range that is physically sensible."""
 
@@ -155,13 +155,10 @@ def percent(scored: Sequence[Scored], share: float) -> float:
 
 def curves(scored: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
     """(smallest count, another count) of every curve; one row a count, the first."""
-    groups: dict[tuple[Any, ...], dict[int, Scored]] = defaultdict(dict)
+    groups: dict[tuple[object, ...], dict[int, Scored]] = defaultdict(dict)
     for s in scored:
-        run = s.row.run
         if s.row.curve:
-            key = (s.row.source, s.row.curve, s.row.device.name, run.model.layers, run.model.hidden,
-                   run.sequence, run.dtype)  # fmt: skip
-            groups[key].setdefault(run.mesh.size, s)
+            groups[curve_of(s.row)].setdefault(s.row.run.mesh.size, s)
     return [
         (group[min(group)], group[count])
         for group in groups.values()
@@ -228,7 +225,7 @@ def load(path: Path) -> tuple[list[Published], dict[str, int]]:
                 skipped[found] += 1
             else:
                 rows.append(found)
-    return rows, dict(skipped)
+    return alike_in_curves(rows), dict(skipped)
 
 
 def main() -> None:

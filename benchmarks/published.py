@@ -10,7 +10,7 @@ Nothing here looks at a forecast.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from unisono.forecast.architecture import Architecture
@@ -32,6 +32,7 @@ class Published:
     run: Run
     tokens_per_s: float
     """Per device, as published."""
+    recompute_stated: bool
 
 
 def source_of(row: Row) -> str:
@@ -101,8 +102,30 @@ def read(row: Row) -> Published | str:
     if not measured:
         return "throughput not stated"
     return Published(
-        row.get("id", ""), source_of(row), row.get("curve_id", ""), device, run, measured
-    )
+        row.get("id", ""), source_of(row), row.get("curve_id", ""), device, run, measured,
+        bool(row.get("activation_checkpointing", "").strip()),
+    )  # fmt: skip
+
+
+def alike_in_curves(rows: Sequence[Published]) -> list[Published]:
+    """Where recomputation is not stated, a curve keeps what its smallest count needs to fit."""
+    smallest: dict[tuple[object, ...], Published] = {}
+    for row in rows:
+        key = curve_of(row)
+        if key not in smallest or row.run.mesh.size < smallest[key].run.mesh.size:
+            smallest[key] = row
+    return [
+        replace(row, run=replace(row.run, recompute=base.recompute, recompute_share=base.recompute_share))
+        if row.curve and not row.recompute_stated
+        else row
+        for row in rows
+        for base in [smallest[curve_of(row)].run]
+    ]
+
+
+def curve_of(row: Published) -> tuple[object, ...]:
+    run = row.run
+    return row.source, row.curve, row.device.name, run.model.layers, run.model.hidden, run.sequence, run.dtype
 
 
 def dtype_of(text: str) -> str | None:
@@ -157,6 +180,7 @@ def setting(
     recompute = "full" if stated.startswith("full") else "selective" if "select" in stated else "none"
     run = Run(
         model, sequence, micro or 1, 1, mesh, kind, dtype, gradient, recompute,
+        bucket_bytes=bucket(text, gradient),
         stack="fused" if fused else "early" if year < 2022 else "eager", flash=flash,
     )  # fmt: skip
     if batch:
@@ -172,6 +196,17 @@ def setting(
     if not stated and not fits(run, device.memory_bytes):
         run = least_recompute(run, device.memory_bytes)
     return run
+
+
+def bucket(text: str, gradient_bytes: int) -> float:
+    """The framework's default: DeepSpeed 5e8 and Megatron 4e7 values, InternEvo 512, Horovod 128 MiB."""
+    for pattern, size in (
+        ("internevo", 512 * 2**20), ("deepspeed|zero", 5e8 * gradient_bytes),
+        ("megatron|nemo", 4e7 * gradient_bytes), ("horovod", 128 * 2**20),
+    ):  # fmt: skip
+        if re.search(pattern, text):
+            return size
+    return 25 * 2**20
 
 
 def layout(row: Row, strategy: str, notes: str, count: int, device: Device) -> tuple[str, Mesh]:

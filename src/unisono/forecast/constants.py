@@ -66,7 +66,9 @@ class Constants:
     """Share of a hidden transfer that still slows compute down (kernels of the collective occupy
     multiprocessors and memory). Fitted."""
     jitter: float = 0.01
-    """Standard deviation of a rank's step time; the slowest of N ranks is waited for. Fitted."""
+    """Standard deviation of a rank's step time, relative; the slowest of N ranks is waited for. Fitted."""
+    jitter_s: float = 0.002
+    """The part of it that does not grow with the step: the host, its operating system. Fitted."""
     step_s: float = 0.003
     """Of the host in every step: learning rate, logging, clearing gradients."""
 

@@ -178,7 +178,7 @@ def compose(
     owned = held / (1 if run.strategy == "ddp" or mesh.data == 1 else _owners(run))
     update = optimizer_s(model, device, owned, run.stack, c)
     busy = compute + again + across + bubble + update
-    waiting = c.jitter * slowest(mesh.size) * (busy + sent)
+    waiting = slowest(mesh.size) * (c.jitter * (busy + sent) + c.jitter_s)
     return Step(compute, again, sent, across, bubble, update, waiting, c.step_s)
 
 
@@ -238,7 +238,7 @@ def _data_parallel(
 
     whole = wire(fabric, mesh.data, inner)
     table = run.model.vocab * run.model.hidden / mesh.tensor * run.gradient_bytes
-    grads = held * run.gradient_bytes - table
+    grads = max(0.0, held * run.gradient_bytes - table)
     buckets = max(1, math.ceil(grads / run.bucket_bytes))
     each = grads / buckets
     if run.strategy == "ddp":
