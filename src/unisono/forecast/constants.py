@@ -74,4 +74,11 @@ class Constants:
 
 
 PRIOR = Constants()
-DEFAULT = PRIOR
+"""Counted or read before anything was fitted; what fitting is pulled towards."""
+
+DEFAULT = Constants(
+    matmul=0.9, matmul_tf32=1.0, matmul_fp32=1.0, matmul_fp8=0.9, flash=0.497, flash_width=22.8,
+    traffic=1.57, passes=2.08, early_passes=3.71, node_hop_s=10.8e-6, contention=0.275,
+    jitter=0.0176, jitter_s=0.0031,
+)  # fmt: skip
+"""`python benchmarks/forecast.py --fit`, 2026-11-23: 526 rows of 8 sources."""

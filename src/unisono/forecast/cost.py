@@ -60,13 +60,20 @@ class Run:
     strategy: Strategy = "ddp"
     dtype: str = "bf16"
     gradient_bytes: int = 4
-    """Of one value on the wire."""
+    """Of one gradient on the wire."""
     recompute: Recompute = "none"
     recompute_share: float = 1.0
     """Of the layers that `recompute` applies to."""
     bucket_bytes: float = 25 * 2**20
     stack: Stack = "fused"
     flash: bool = True
+    weight_bytes: int = 0
+    """Of one weight in memory, and where a strategy sends weights; 0: of `dtype`. Unisono keeps 4."""
+
+    @property
+    def weight_width(self) -> int:
+        """Bytes of one weight in memory."""
+        return self.weight_bytes or DTYPE_BYTES[self.dtype]
 
     @property
     def tokens(self) -> int:
@@ -230,7 +237,6 @@ def _data_parallel(
     if mesh.data == 1:
         return 0.0
     inner = mesh.tensor * mesh.context
-    width = DTYPE_BYTES[run.dtype]
     shard = wire(fabric, mesh.shard, inner)
     replica = wire(fabric, mesh.replica, inner * mesh.shard)
     if run.strategy == "fsdp":
@@ -255,11 +261,11 @@ def _data_parallel(
     if run.strategy == "exact":
         # The table's gradient is early but for the rows that were looked up (sync/rows.py).
         rows = min(run.model.vocab, run.micro_batch * run.sequence) * run.model.hidden * 4
-        back = owners.all_gather(each * width / run.gradient_bytes)
+        back = owners.all_gather(each)  # weights travel as gradients do (sync/zero.py)
         lost = exposed_head(forward, buckets, back)
         lost += c.contention * max(0.0, buckets * back - lost)
         return lost + _hide_behind(backward, buckets, out(each + table / buckets), out(rows), c)
-    back = owners.all_gather((grads + table) * width / run.gradient_bytes)
+    back = owners.all_gather((grads + table) * run.weight_width / run.gradient_bytes)
     reduces = k if run.strategy == "zero2" else 1
     return back + reduces * _hide_behind(backward, buckets, out(each), out(table), c)
 
@@ -279,7 +285,7 @@ def _fsdp(
     scattered last, the embeddings, stands alone. Copies (HSDP) are summed once a step beside the last
     backward pass.
     """
-    width = DTYPE_BYTES[run.dtype]
+    width = run.weight_width
     unit = run.model.layer_parameters / run.mesh.tensor
     root = max(0.0, held - layers * unit)
     gather = shard.all_gather(unit * width)

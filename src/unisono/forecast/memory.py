@@ -38,13 +38,13 @@ class Memory:
 def memory(run: Run) -> Memory:
     """What `run` holds on one device; the caller adds what the runtime reserves."""
     mesh, model = run.mesh, run.model
-    width = DTYPE_BYTES[run.dtype]
+    width, weight = DTYPE_BYTES[run.dtype], run.weight_width
     layers = math.ceil(model.layers / mesh.pipeline)
     held = layers * model.layer_parameters + model.embedding_parameters / min(2, mesh.pipeline)
     held /= mesh.tensor
     owners = mesh.shard if run.strategy == "fsdp" or mesh.shard > 1 else mesh.data
-    master = 8 if width == 4 else 12
-    grad = max(width, run.gradient_bytes)
+    master = 8 if weight == 4 else 12
+    grad = max(weight, run.gradient_bytes)
     by = {  # (weights, gradients, optimizer) are divided by
         "ddp": (1, 1, 1),
         "exact": (1, 1, owners),
@@ -55,7 +55,7 @@ def memory(run: Run) -> Memory:
     buffers = 0.0
     if run.strategy == "fsdp" and owners > 1:
         # Two layers gathered (one computes, one arrives), and one layer's whole gradients.
-        buffers = (2 * width + run.gradient_bytes) * model.layer_parameters / mesh.tensor
+        buffers = (2 * weight + run.gradient_bytes) * model.layer_parameters / mesh.tensor
     elif mesh.data > 1:
         buffers = 2.0 * min(run.bucket_bytes, held * run.gradient_bytes)
     here = run.micro_batch * run.sequence / mesh.context / mesh.tensor
@@ -67,7 +67,7 @@ def memory(run: Run) -> Memory:
     # 16 bits, float32 and its gradient; a fused loss keeps 16 bits and their gradient.
     logits = (4 if run.stack == "fused" else 10) * here * model.vocab * model.head_share
     return Memory(
-        width * held / by[0], grad * held / by[1], master * held / by[2], activations, logits, buffers
+        weight * held / by[0], grad * held / by[1], master * held / by[2], activations, logits, buffers
     )  # fmt: skip
 
 
