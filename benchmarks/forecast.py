@@ -183,6 +183,7 @@ def report(scored: Sequence[Scored], skipped: dict[str, int]) -> dict[str, Any]:
     return {
         "rows": len(scored),
         "median_absolute_percentage_error": finite(percent(scored, 0.5)),
+        "p68_absolute_percentage_error": finite(percent(scored, 0.68)),
         "p90_absolute_percentage_error": finite(percent(scored, 0.9)),
         "curve_points": len(points),
         "curve_median_error_points": finite(quantile(points, 0.5)),

@@ -70,6 +70,9 @@ class Run:
     weight_bytes: int = 0
     """Of one weight in memory, and where a strategy sends weights; 0: of `dtype`. Unisono keeps 4."""
 
+    scatter_once: bool = False
+    """fsdp: gradients stay whole until the last micro-batch (as in sync/sharded.py)."""
+
     @property
     def weight_width(self) -> int:
         """Bytes of one weight in memory."""
@@ -299,6 +302,6 @@ def _fsdp(
 
     back = work.backward + work.again
     forward = layers * exposed(work.forward, gather) + ends
-    behind = layers * exposed(back, gather + scatter)
+    behind = layers * exposed(back, gather + (0.0 if run.scatter_once else scatter))
     last = layers * exposed(back, gather + scatter + copies) + copies
     return run.accumulation * forward + (run.accumulation - 1) * behind + last

@@ -52,6 +52,8 @@ def memory(run: Run) -> Memory:
         "zero2": (1, owners, owners),
         "fsdp": (owners, owners, owners),
     }[run.strategy]
+    if run.strategy == "fsdp" and run.scatter_once and run.accumulation > 1:
+        by = (owners, 1, owners)
     buffers = 0.0
     if run.strategy == "fsdp" and owners > 1:
         # Two layers gathered (one computes, one arrives), and one layer's whole gradients.

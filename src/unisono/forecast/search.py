@@ -150,7 +150,7 @@ def search(job: Job, machine: Machine, devices: int, constants: Constants = DEFA
             base = Run(
                 job.model, job.sequence, 1, rows, mesh, strategy, job.dtype, job.gradient_bytes,
                 bucket_bytes=job.bucket_bytes or 25 * 2**20, stack=job.stack,
-                weight_bytes=job.weight_bytes,
+                weight_bytes=job.weight_bytes, scatter_once=True,
             )  # fmt: skip
             if job.bucket_bytes is None:
                 base = replace(base, bucket_bytes=_bucket(base, machine.fabric))
@@ -225,28 +225,29 @@ def meshes(job: Job, device: Device, devices: int) -> Iterator[Mesh]:
 def required_link(
     option: Option, machine: Machine, efficiency: float = 0.95, constants: Constants = DEFAULT
 ) -> float | None:
-    """Bytes/s a node has to send (a device, inside one node) for `efficiency` of a perfect network.
+    """Bytes/s a node has to send (a device, inside one node) so that the step without its
+    data-parallel communication is `efficiency` of the step with it.
 
-    None where no link suffices: latency and waiting alone cost more.
+    None where no link suffices: latency alone costs more. 0 for one device.
     """
-    if option.devices == 1:
+    if option.run.mesh.data == 1:
         return 0.0
     work = _work(option.run, machine, constants)
     outside = option.devices > machine.fabric.per_node
 
-    def total(rate: float) -> float:
+    def share(rate: float) -> float:
         lines = machine.fabric.node if outside else machine.fabric.link
-        faster = {name: Line(line.hop_s, rate) for name, line in lines.items()}
-        fabric = replace(machine.fabric, **{"node" if outside else "link": faster})
-        return compose(option.run, work, machine.device, fabric, constants).total
+        other = {name: Line(line.hop_s, rate) for name, line in lines.items()}
+        fabric = replace(machine.fabric, **{"node" if outside else "link": other})
+        step = compose(option.run, work, machine.device, fabric, constants)
+        return 1 - step.communication / step.total
 
-    low, high = 1e6, 1e14
-    alone = option.step.total - option.step.communication - option.step.waiting
-    if alone / total(high) < efficiency:
+    low, high = 1e5, 1e14
+    if share(high) < efficiency:
         return None
     for _ in range(40):
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if alone / total(middle) >= efficiency else (middle, high)
+        low, high = (low, middle) if share(middle) >= efficiency else (middle, high)
     return high
 
 
