@@ -82,7 +82,7 @@ def recommended(point: Point) -> list[str]:
         lines.append(f"  unisono train CONFIG {overrides(o)}")
     if point.link_bytes_per_s is None:
         lines.append("  no link between nodes gives 95%: those inside, or latency, already cost more")  # fmt: skip
-    elif point.devices > 1:
+    elif point.link_bytes_per_s:
         lines.append(f"  for 95% of a perfect network a link of {gbit(point.link_bytes_per_s)} is needed")  # fmt: skip
     if point.best.tokens_per_s > 1.03 * o.tokens_per_s:
         gain = point.best.tokens_per_s / o.tokens_per_s - 1
