@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 from published import Published, alike_in_curves, curve_of, read
-
 from unisono.forecast.constants import DEFAULT, PRIOR, Constants
 from unisono.forecast.cost import step
 from unisono.forecast.network import fabric

@@ -38,7 +38,9 @@ class Published:
 def source_of(row: Row) -> str:
     """The repository or paper, without file, line and version."""
     text = row.get("source", "")
-    found = re.match(r"(?:github\.com/|https?://github\.com/)?([\w.-]+/[\w.-]+?)(?:@|[\s#]|$)", text)
+    found = re.match(
+        r"(?:github\.com/|https?://github\.com/)?([\w.-]+/[\w.-]+?)(?:@|[\s#]|$)", text
+    )
     return found[1].lower() if found else re.split(r"[,(\"]", text)[0].strip().lower()
 
 
@@ -115,7 +117,10 @@ def alike_in_curves(rows: Sequence[Published]) -> list[Published]:
         if key not in smallest or row.run.mesh.size < smallest[key].run.mesh.size:
             smallest[key] = row
     return [
-        replace(row, run=replace(row.run, recompute=base.recompute, recompute_share=base.recompute_share))
+        replace(
+            row,
+            run=replace(row.run, recompute=base.recompute, recompute_share=base.recompute_share),
+        )
         if row.curve and not row.recompute_stated
         else row
         for row in rows
@@ -125,7 +130,15 @@ def alike_in_curves(rows: Sequence[Published]) -> list[Published]:
 
 def curve_of(row: Published) -> tuple[object, ...]:
     run = row.run
-    return row.source, row.curve, row.device.name, run.model.layers, run.model.hidden, run.sequence, run.dtype
+    return (
+        row.source,
+        row.curve,
+        row.device.name,
+        run.model.layers,
+        run.model.hidden,
+        run.sequence,
+        run.dtype,
+    )
 
 
 def dtype_of(text: str) -> str | None:
@@ -177,7 +190,9 @@ def setting(
     gradient = 4 if dtype in ("fp32", "tf32") or amp else 2
     flash = "flash" in text or (year >= 2023 and dtype not in ("fp32", "tf32"))
     stated = row.get("activation_checkpointing", "").lower()
-    recompute = "full" if stated.startswith("full") else "selective" if "select" in stated else "none"
+    recompute = (
+        "full" if stated.startswith("full") else "selective" if "select" in stated else "none"
+    )
     run = Run(
         model, sequence, micro or 1, 1, mesh, kind, dtype, gradient, recompute,
         bucket_bytes=bucket(text, gradient),
@@ -244,9 +259,8 @@ def node_gbit(text: str, per_node: int) -> float | None:
     if found := re.search(r"(\d+)\s*x\s*omni-path", text):
         return int(found[1]) * 100.0
     if found := re.search(rate, text):
-        each = text[found.end() :].lstrip(" ,;a-z-").startswith("per gpu") or "per gpu" in text
-        alone = re.search(rate + r"[^(]*\(", text)
-        return float(found[1]) * (per_node if each and not alone else 1)
+        each = "per gpu" in text[found.end() :].partition("(")[0]
+        return float(found[1]) * (per_node if each else 1)
     return None
 
 

@@ -92,12 +92,10 @@ def machine_of(
             f"--per-node: found {per_node}, but {probe} was measured with {seen.per_node} a node; leave "
             f"it out"
         )
-    links = probes.fabric_of(seen, link)
-    if not links.node and most > seen.per_node:
+    between = link is not None or any(fit.nodes > 1 for fit in seen.links)
+    if not between and most > seen.per_node:
         raise ConfigError(
             f"--link: {probe} saw one node of {seen.per_node} ranks; say what a node sends to others, "
             f"e.g. --link 100Gbit, or ask for --devices 1..{seen.per_node}"
         )
-    if not links.link:
-        links = replace(links, link=links.node)
-    return Machine(probes.device_of(seen), links, seen)
+    return Machine(probes.device_of(seen), probes.fabric_of(seen, link), seen)

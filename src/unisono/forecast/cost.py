@@ -251,16 +251,14 @@ def _data_parallel(
     buckets = max(1, math.ceil(grads / run.bucket_bytes))
     each = grads / buckets
     if run.strategy == "ddp":
-        return _hide_behind(
-            backward, buckets, whole.all_reduce(each), whole.all_reduce(table), c
-        )
-    if mesh.shard > 1 and mesh.replica > 1:  # optimizer shards inside a group, copies outside
-        owners = shard
+        return _hide_behind(backward, buckets, whole.all_reduce(each), whole.all_reduce(table), c)
+    inside = mesh.shard > 1 and mesh.replica > 1  # optimizer shards in a group, copies outside
+    owners = shard if inside else whole
 
-        def out(size: float) -> float:
-            return shard.reduce_scatter(size) + replica.all_reduce(size / mesh.shard)
-    else:
-        owners, out = whole, whole.reduce_scatter
+    def out(size: float) -> float:
+        copies = replica.all_reduce(size / mesh.shard) if inside else 0.0
+        return owners.reduce_scatter(size) + copies
+
     if run.strategy == "exact":
         # The table's gradient is early but for the rows that were looked up (sync/rows.py).
         rows = min(run.model.vocab, run.micro_batch * run.sequence) * run.model.hidden * 4

@@ -86,9 +86,11 @@ def least_recompute(run: Run, memory_bytes: float) -> Run:
         if memory(whole).total <= room:
             return whole
         tried = replace(run, recompute=kind, recompute_share=1.0)
-        most, least = memory(whole).total, memory(tried).total
+        most, least = memory(replace(tried, recompute_share=0.0)).total, memory(tried).total
         if least <= room:
-            return replace(tried, recompute_share=min(1.0, max(0.0, (most - room) / (most - least))))
+            return replace(
+                tried, recompute_share=min(1.0, max(0.0, (most - room) / (most - least)))
+            )
     return replace(run, recompute="full", recompute_share=1.0)
 
 

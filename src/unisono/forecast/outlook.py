@@ -252,7 +252,9 @@ def parse_link(text: str) -> float:
     except ValueError:
         number = 0.0
     if not found or not 0 < number < 1e9:
-        raise ConfigError(f"--link: found {text!r}; write what a node sends, e.g. 100Gbit or 12.5GB/s")
+        raise ConfigError(
+            f"--link: found {text!r}; write what a node sends, e.g. 100Gbit or 12.5GB/s"
+        )
     scale = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}[found[2].lower()]
     bits = found[3].lower() == "bit" or found[3] == "b"
     return number * scale / (8 if bits else 1)

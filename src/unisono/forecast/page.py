@@ -97,7 +97,7 @@ def speed_chart(points: Sequence[Point]) -> str:
 def efficiency_chart(points: Sequence[Point]) -> str:
     """With the zone of 85 to 95% shaded."""
     return chart(
-        points, [p.efficiency for p in points], low=0.0, high=1.05, label=lambda v: f"{v:.0%}",
+        points, [p.efficiency for p in points], low=0.0, high=1.0, label=lambda v: f"{v:.0%}",
         zone=(0.85, 0.95),
     )  # fmt: skip
 
@@ -214,7 +214,9 @@ def _table(points: Sequence[Point], best: Point) -> str:
     rows = []
     for p in points:
         o = p.option
-        link = "none" if p.link_bytes_per_s is None else f"{p.link_bytes_per_s * 8 / 1e9:,.3g} Gbit/s"
+        link = (
+            "none" if p.link_bytes_per_s is None else f"{p.link_bytes_per_s * 8 / 1e9:,.3g} Gbit/s"
+        )
         cells = (
             f"{p.devices:,}", o.name + ("" if runs_here(o.run) else " *"),
             f"{o.batch:,}{'!' if p.critical_share > 1 else ''}", f"{o.run.micro_batch} x {o.run.accumulation}",
@@ -252,4 +254,4 @@ def _code(text: str) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

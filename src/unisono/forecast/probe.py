@@ -7,6 +7,7 @@ takes that as it is; at another it is scaled as the counted work is.
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,6 @@ from unisono.forecast.cost import Run
 from unisono.forecast.hardware import DTYPE_BYTES, Device
 from unisono.forecast.network import COLLECTIVES, Fabric, Line
 
-VERSION = 1
 Positive = Field(gt=0, allow_inf_nan=False)
 
 
@@ -71,7 +71,7 @@ class ModelTimes(_Value):
 class Probe(_Value):
     """Everything that was measured. Frozen; rates per second, sizes in bytes."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     device: str
     ranks: int = Field(ge=1)
     nodes: int = Field(ge=1)
@@ -142,7 +142,8 @@ def device_of(probe: Probe) -> Device:
 def fabric_of(probe: Probe, node_bytes_per_s: float | None, constants: Constants = DEFAULT) -> Fabric:  # fmt: skip
     """The measured links; `node_bytes_per_s` (--link) stands for what was not measured.
 
-    A collective without a fit takes the all-reduce's. A hop is the latency over a ring's hops.
+    A collective without a fit takes the all-reduce's. A hop is the latency over a ring's hops. Where
+    only one kind of link was measured it stands for both.
     """
 
     def lines(many_nodes: bool, stated: float | None) -> dict[str, Line]:
@@ -161,9 +162,11 @@ def fabric_of(probe: Probe, node_bytes_per_s: float | None, constants: Constants
 
     inside, outside = lines(False, None), lines(True, node_bytes_per_s)
     hop_s = max([line.hop_s for line in outside.values()], default=constants.tree_hop_s)
-    return Fabric(
-        probe.per_node if inside else 1, inside or outside, outside, hop_s
-    )
+    nothing = dict.fromkeys(
+        COLLECTIVES, Line(0.0, math.inf)
+    )  # one rank has no link, and needs none
+    inside = inside or outside or nothing
+    return Fabric(probe.per_node, inside, outside or inside, hop_s)
 
 
 def calibrated(probe: Probe, run: Run, counted: Work, at_probe: Work, layers: int) -> Work:

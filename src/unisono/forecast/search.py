@@ -22,6 +22,8 @@ from unisono.forecast.memory import Memory, memory
 from unisono.forecast.network import Fabric, Line, wire
 from unisono.forecast.probe import Probe, calibrated
 
+RECOMPUTE: list[Recompute] = ["none", "selective", "full"]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -124,7 +126,11 @@ def overrides(option: Option) -> str:
     words = [f"global_batch_size={option.batch}", f"micro_batch_size={run.micro_batch}"]
     words.append(f"gradient_checkpointing={'true' if run.recompute == 'full' else 'false'}")
     if run.strategy == "fsdp":
-        words += ["sync=sharded", f"mesh.replica={run.mesh.replica}", f"mesh.shard={run.mesh.shard}"]
+        words += [
+            "sync=sharded",
+            f"mesh.replica={run.mesh.replica}",
+            f"mesh.shard={run.mesh.shard}",
+        ]
     else:
         words += [f"sync={run.strategy}", f"bucket_mb={run.bucket_bytes / 2**20:.3g}"]
     return " ".join(words)
@@ -156,7 +162,7 @@ def search(job: Job, machine: Machine, devices: int, constants: Constants = DEFA
                 base = replace(base, bucket_bytes=_bucket(base, machine.fabric))
             fitted = False
             least = math.inf
-            for recompute in [job.recompute] if job.recompute else ["none", "selective", "full"]:
+            for recompute in [job.recompute] if job.recompute else RECOMPUTE:
                 tried = 0
                 for micro in [job.micro_batch] if job.micro_batch else _halves(rows, mesh):
                     run = replace(
@@ -238,7 +244,10 @@ def required_link(
     def share(rate: float) -> float:
         lines = machine.fabric.node if outside else machine.fabric.link
         other = {name: Line(line.hop_s, rate) for name, line in lines.items()}
-        fabric = replace(machine.fabric, **{"node" if outside else "link": other})
+        link, node = machine.fabric.link, machine.fabric.node
+        fabric = replace(
+            machine.fabric, link=link if outside else other, node=other if outside else node
+        )
         step = compose(option.run, work, machine.device, fabric, constants)
         return 1 - step.communication / step.total
 

@@ -13,7 +13,9 @@ from unisono.forecast.search import overrides
 def show(outlook: Outlook, detail: int | None = None) -> RenderableType:
     """All of it; `detail` is the number of devices whose options are listed, by default the knee."""
     bend = knee(outlook)
-    chosen = next((p for p in outlook.points if p.devices == detail), None) or _at_knee(outlook, bend)
+    chosen = next((p for p in outlook.points if p.devices == detail), None) or _at_knee(
+        outlook, bend
+    )
     return Group(
         Text(head(outlook)), Text(), curve(outlook), Text(),
         *[Text(line) for line in bends(outlook, bend)], Text(),
