@@ -2,7 +2,7 @@
 
 A row qualifies if it is a transformer language model (decoder or encoder) trained by data parallelism
 alone (DDP, ZeRO, FSDP, HSDP; no tensor, pipeline, context or expert axis) on a device of our table, and
-states: number of devices, layers, hidden size, sequence length, precision, micro-batch or global batch,
+states: number of devices, layers and hidden size (or a well-known model's name), sequence length, precision, micro-batch or global batch,
 and a steady-state throughput or step time. Not qualified, because what they do is not stated in numbers
 or is another method: offload to the host, compressed gradients, local SGD, parts of the weights trained
 (LoRA, PEFT), figures that the collection itself flags as inconsistent or as a layer-reduced proxy.
@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from unisono.forecast.architecture import Architecture
+from unisono.forecast.architecture import Architecture, named
+from unisono.forecast.compute import Recompute
 from unisono.forecast.cost import Mesh, Run
 from unisono.forecast.hardware import Device, find
 from unisono.forecast.memory import fits, largest_micro_batch, least_recompute
@@ -81,13 +82,22 @@ def read(row: Row) -> Published | str:
     if row.get("metric_scope", "steady_state") not in ("steady_state", ""):
         return "not steady state"
     device = find(row.get("gpu", ""))
+    if device is not None and device.name == "H100" and re.search(r"hbm2e|500 ?w\b", everything):
+        device = find("H100 96GB")
     if device is None:
         return "device unknown"
     count, sequence = whole(row, "gpu_count"), whole(row, "seq_len")
     layers, hidden = whole(row, "n_layers"), whole(row, "hidden")
     dtype = dtype_of(row.get("precision", ""))
-    if not (count and sequence and layers and hidden):
-        return "shape, sequence or number of devices not stated"
+    known = named(row.get("model", ""))
+    if layers and hidden:
+        model = shape(row, layers, hidden)
+    elif known is not None:
+        model = known
+    else:
+        return "shape not stated"
+    if not (count and sequence):
+        return "sequence or number of devices not stated"
     if dtype is None:
         return "precision not stated"
     micro, batch = whole(row, "micro_batch"), whole(row, "global_batch_sequences")
@@ -96,7 +106,6 @@ def read(row: Row) -> Published | str:
     if not micro and not batch:
         return "batch not stated"
     device = in_its_node(device, row)
-    model = shape(row, layers, hidden)
     run = setting(row, model, device, dtype, count, sequence, micro, batch)
     if isinstance(run, str):
         return run
@@ -145,7 +154,7 @@ def dtype_of(text: str) -> str | None:
     """Of the matrix products."""
     text = text.lower()
     for pattern, dtype in (
-        ("fp4|nvfp4", "fp4"), ("fp8|mxfp8", "fp8"), ("tf32", "tf32"), ("bf16|bfloat16", "bf16"),
+        ("fp4|nvfp4", "fp4"), ("fp8|mxfp8|float8", "fp8"), ("tf32", "tf32"), ("bf16|bfloat16", "bf16"),
         ("fp16|float16|half|amp|mixed|16.bit", "fp16"), ("fp32|float32|single", "fp32"),
     ):  # fmt: skip
         if re.search(pattern, text):
@@ -190,9 +199,7 @@ def setting(
     gradient = 4 if dtype in ("fp32", "tf32") or amp else 2
     flash = "flash" in text or (year >= 2023 and dtype not in ("fp32", "tf32"))
     stated = row.get("activation_checkpointing", "").lower()
-    recompute = (
-        "full" if stated.startswith("full") else "selective" if "select" in stated else "none"
-    )
+    recompute = recomputation(stated)
     run = Run(
         model, sequence, micro or 1, 1, mesh, kind, dtype, gradient, recompute,
         bucket_bytes=bucket(text, gradient),
@@ -211,6 +218,13 @@ def setting(
     if not stated and not fits(run, device.memory_bytes):
         run = least_recompute(run, device.memory_bytes)
     return run
+
+
+def recomputation(stated: str) -> Recompute:
+    """From `full`, `selective op`, `none`, `yes`, `every 2nd layer` and the like."""
+    if re.search(r"select|\bop\b|sac|partial|every", stated):
+        return "selective"
+    return "full" if re.search(r"full|yes|true|\bon\b|all", stated) else "none"
 
 
 def bucket(text: str, gradient_bytes: int) -> float:

@@ -104,6 +104,7 @@ GATED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text",
 def named(name: str) -> Architecture | None:
     """A known architecture: `llama-7b`, `meta-llama/Llama-2-7b-hf`, `openai-community/gpt2`."""
     key = _key(name.rsplit("/", 1)[-1])
+    key = key.replace("llama318b", "llama38b").replace("llama3170b", "llama370b")  # equal shapes
     for end in ("", "hf", "instruct", "v01", "v03", "chathf", "uncased", "cased"):
         for known, value in NAMED.items():
             if key == _key(known) + end or key == _key(known).replace("llama3", "metallama3") + end:

@@ -89,8 +89,7 @@ def device(name: str) -> Device:
 
 def find(name: str) -> Device | None:
     """The device whose name or alias is the longest start of `name`; None if there is none."""
-    key = re.sub(r"\(.*?\)", "", name)
-    key = _key(key)
+    key = _key(name)
     fits = [known for known in _names() if key == known or key.startswith(known)]
     return devices()[_names()[max(fits, key=len)]] if key and fits else None
 
