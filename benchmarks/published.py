@@ -55,8 +55,9 @@ def number(text: str | None) -> float | None:
 
 
 def whole(row: Row, name: str) -> int | None:
+    """A count; None where the cell states none above 0."""
     value = number(row.get(name))
-    return None if value is None else round(value)
+    return round(value) if value is not None and 1 <= value < 1e13 else None
 
 
 def read(row: Row) -> Published | str:
@@ -171,7 +172,7 @@ def shape(row: Row, layers: int, hidden: int) -> Architecture:
     ffn = whole(row, "ffn") or (round(8 / 3 * hidden) if family else 4 * hidden)
     usual = 30522 if bert else 128256 if re.search(r"llama.?-?3", name, re.I) else 32000 if family else 50257  # fmt: skip
     model = Architecture(
-        name, layers, hidden, heads, whole(row, "n_kv_heads") or heads, hidden // heads, ffn,
+        name, layers, hidden, heads, whole(row, "n_kv_heads") or heads, max(1, hidden // heads), ffn,
         bool(family), whole(row, "vocab") or usual, not family, not bert, 0, 0.15 if bert else 1.0,
     )  # fmt: skip
     stated = number(row.get("params_total"))

@@ -96,7 +96,8 @@ def least_recompute(run: Run, memory_bytes: float) -> Run:
 
 def largest_micro_batch(run: Run, batch: int, memory_bytes: float) -> int:
     """The largest divisor of `batch` sequences that fits as one micro-batch; 0 if none does."""
-    for size in (n for n in range(batch, 0, -1) if batch % n == 0):
+    small = [n for n in range(1, math.isqrt(batch) + 1) if batch % n == 0]
+    for size in [*(batch // n for n in small), *reversed(small)]:
         if fits(replace(run, micro_batch=size, accumulation=batch // size), memory_bytes):
             return size
     return 0
