@@ -98,6 +98,7 @@ DOWNWARDS = {
     "generate": {"errors", "train.checkpoint"},
     "replicas": {"errors", "sync"},
     "plan": {"errors", "config", "world", "train.scaling"},
+    "forecast": {"errors", "config", "forecast"},
     "observe": {"errors", "clock", "files", "observe", "train.trial"},
 }
 """What each part may import of ours. `train`, `verify` and `cli` stand above all of it."""

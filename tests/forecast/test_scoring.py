@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,10 +136,18 @@ def test_a_source_held_out_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [{"some/repo"}, {"other/repo"}]
 
 
+def test_the_fit_sees_curves() -> None:
+    """Two rows that are both 10% off cost more if their curve bends the wrong way."""
+    rows = [scored("8", "1").row, scored("64", "1").row]
+    here = [forecast.throughput(row, forecast.PRIOR) for row in rows]
+    alike = [replace(r, tokens_per_s=t * 1.1) for r, t in zip(rows, here)]
+    bent = [replace(r, tokens_per_s=t * f) for r, t, f in zip(rows, here, (1.1, 1 / 1.1))]
+    extra = forecast.loss(bent, forecast.PRIOR) - forecast.loss(alike, forecast.PRIOR)
+    assert extra == pytest.approx(forecast.bounded(2 * math.log(1.1)))
+
+
 def test_fitting_recovers_what_made_the_data() -> None:
     """A constant that is off by 15% is found again from throughputs that another value made."""
-    from dataclasses import replace
-
     truth = replace(forecast.PRIOR, matmul=0.75)
     settings = [scored(n, "1", micro_batch=m).row for n in ("8", "64") for m in ("1", "4", "16")]
     rows = [replace(row, tokens_per_s=forecast.throughput(row, truth)) for row in settings]

@@ -98,7 +98,8 @@ def outlook(
     can = [f for f in found if f.options]
     if not can:
         last = found[-1]
-        why = min((m.reason for m in last.misfits), default="no mesh divides the model")
+        least = min(last.misfits, key=lambda m: m.needs_bytes, default=None)
+        why = least.reason if least else "no mesh divides the model"
         raise ConfigError(
             f"devices: nothing fits on {devices[-1]} x {machine.device.name}: {why}; use more devices "
             f"or a smaller model"

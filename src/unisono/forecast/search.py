@@ -83,7 +83,13 @@ class Misfit:
     """A strategy that no micro-batch and no recomputation fits."""
 
     name: str
-    reason: str
+    needs_bytes: float
+    """At the least."""
+    room_bytes: float
+
+    @property
+    def reason(self) -> str:
+        return f"needs {self.needs_bytes / 1e9:.0f} GB of {self.room_bytes / 1e9:.0f} GB usable at the least"  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,12 +193,7 @@ def search(job: Job, machine: Machine, devices: int, constants: Constants = DEFA
                     if tried == 2:
                         break
             if not fitted:
-                misfits.append(
-                    Misfit(
-                        name_of(base),
-                        f"needs {least / 1e9:.0f} GB of {room / 1e9:.0f} GB usable at the least",
-                    )
-                )
+                misfits.append(Misfit(name_of(base), least, room))
     ranked = sorted(options.values(), key=lambda o: (-o.tokens_per_s, o.memory.total))
     return Found(devices, tuple(ranked), tuple(misfits), evaluated)
 
