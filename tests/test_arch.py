@@ -98,6 +98,7 @@ DOWNWARDS = {
     "generate": {"errors", "train.checkpoint"},
     "replicas": {"errors", "sync", "observe.watch"},
     "plan": {"errors", "config", "world", "train.scaling"},
+    "forecast": {"errors", "config", "forecast"},
     "observe": {"errors", "clock", "files", "observe", "train.trial", "sync.ledger", "sync.board"},
 }
 """What each part may import of ours. `train`, `verify` and `cli` stand above all of it."""

@@ -149,6 +149,53 @@ def report(
 
 
 @app.command()
+def plan(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, a recipe, or an architecture (llama-7b, gpt2).")
+    ],
+    overrides: OverridesArgument = None,
+    hardware: Annotated[str, typer.Option(help="A known accelerator: H100, A100 40GB, ...")] = "",
+    probe: Annotated[
+        Path | None, typer.Option(help="What unisono probe measured, instead of --hardware.")
+    ] = None,
+    devices: Annotated[str, typer.Option(help="1..1024, or 8,16,64.")] = "1..1024",
+    link: Annotated[str, typer.Option(help="What a node sends: 100Gbit, 12.5GB/s.")] = "",
+    per_node: Annotated[int | None, typer.Option(min=1, help="Devices in a node.")] = None,
+    tokens: Annotated[str, typer.Option(help="To train on: 20B; default: max_steps'.")] = "",
+    batch_per_device: Annotated[
+        int | None, typer.Option(min=1, help="Sequences; the global batch grows with the devices.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="US dollars a device-hour.")] = None,
+    detail: Annotated[int | None, typer.Option(help="List the options of this many.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all of it here.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write an HTML page with the curve.")] = None,
+) -> None:
+    """Foretell speed, memory, hours and money on any number of devices; runs nothing."""
+    import json
+
+    from rich.console import Console
+
+    from unisono.forecast import ask
+    from unisono.forecast.outlook import as_json
+    from unisono.forecast.show import show
+
+    found = ask.plan(
+        config, overrides or [], hardware=hardware, probe=probe, devices=devices, link=link,
+        per_node=per_node, tokens=tokens, batch_per_device=batch_per_device, price=price,
+    )  # fmt: skip
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    console.print(show(found, detail))
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(found), indent=1) + "\n")
+    if page is not None:
+        from unisono.forecast.page import render
+
+        page.write_text(render(found), encoding="utf-8")
+
+
+@app.command()
 def fields(
     name: Annotated[str, typer.Argument(help="Only fields whose name contains this.")] = "",
 ) -> None:
