@@ -112,10 +112,15 @@ def test_verbs_and_options_are_frozen() -> None:
     }
     assert found == {
         "fields": [],
-        "train": ["--replicas"],
+        "train": ["--replicas", "--serve"],
         "generate": ["--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-p"],
         "verify": ["--json", "--replicas", "--steps", "--strict"],
-    }
+        "report": ["--output"],
+        "plan": [
+            "--batch-per-device", "--detail", "--devices", "--hardware", "--json", "--link", "--page",
+            "--per-node", "--price", "--probe", "--tokens",
+        ],
+    }  # fmt: skip
 
 
 # --- errors
