@@ -29,8 +29,10 @@ environment of their own beside unisono:
 import argparse
 import contextlib
 import ctypes
+import gc
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -107,12 +109,26 @@ def serve(
         else:
             (path,) = arguments
             weights = dict(system.weights())
-            answer = {"digest": digest(weights)}
+            answer = {"digest": digest(weights), "optimizer_bytes": optimizer_bytes()}
             if rank == 0 and path is not None:
                 np.savez(path, **{k: v.numpy() for k, v in weights.items()})
             del weights
         ctypes.CDLL(None).malloc_trim(0)  # many systems sleep on this machine at once
         pipe.send(("ok", answer))
+
+
+def optimizer_bytes() -> int:
+    """Of the state of every torch optimizer in this process, of DTensors the part that is here."""
+    seen: dict[int, int] = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.optim.Optimizer):
+            for state in found.state.values():
+                for value in state.values():
+                    if isinstance(value, torch.Tensor) and value.dim():
+                        local = getattr(value, "to_local", lambda value=value: value)()
+                        storage = local.untyped_storage()
+                        seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
 
 
 def take_turn(
@@ -265,6 +281,8 @@ class Standing:
     peak_bytes: list[int] = field(default_factory=list)
     """By rank, after set-up; `base_bytes` of it are the interpreter and imports."""
     base_bytes: list[int] = field(default_factory=list)
+    optimizer_bytes: list[int] = field(default_factory=list)
+    """By rank: the state of all torch optimizers in the process."""
     replicas_equal: bool | None = None
     farthest_from_ddp: float | None = None
     """After SAME_STEPS steps: over all weights, the largest difference over the largest value."""
@@ -315,6 +333,7 @@ class Bench:
         path = self.folder / f"{name}.npz" if save else None
         answers = self.teams[name].ask(REPORT_TIMEOUT_S, "weights", path)
         equal = len({a["digest"] for a in answers}) == 1
+        self.standings[name].optimizer_bytes = [a["optimizer_bytes"] for a in answers]
         self.standings[name].replicas_equal = equal and self.standings[name].replicas_equal in (None, True)  # fmt: skip
 
     def distance_from_ddp(self, name: str) -> float | None:
@@ -432,6 +451,7 @@ def summarise(bench: Bench, turns: dict[str, list[Turn]], wire_s: dict[int, floa
         # `alone` sends nothing: it is its own limit.
         limits = ms["alone"] if name == "alone" else limits
         sent = statistics.median(statistics.mean(t.sent_bytes) for t in done)
+        counted = [t.counted_bytes for t in done]
         ratios = {other: within(ms[name], ms[other]) for other in ms if other != name}
         if len(sweep) > 1 and best_ddp is not None and name != best_ddp:
             ratios["ddp-best"] = ratios[best_ddp]
@@ -443,6 +463,8 @@ def summarise(bench: Bench, turns: dict[str, list[Turn]], wire_s: dict[int, floa
             "sent_bytes_per_step": sent,
             "formula_bytes_per_step": standing.formula_bytes,
             "sent_over_formula": sent / standing.formula_bytes if standing.formula_bytes else None,
+            # Ours count what they hand to each collective, rows of embeddings included.
+            "sent_over_counted": sent / counted[0] if counted and counted[0] else None,
             "step_ms_of_repeats": ms[name],
             "turns": [asdict(t) for t in done],
         }
@@ -475,7 +497,16 @@ def show_rate(found: dict) -> None:
     facts += [f"{title.removeprefix('/ ')}: {name}" for title, name in best.items() if name]
     table = Table(title=f"{found['rate']}: {', '.join(facts)}", title_justify="left")
     table.add_column("system", no_wrap=True)
-    for title in ("step ms", "spread", "/ limit", "/ ddp", *best, "MB sent", "/ formula"):
+    for title in (
+        "step ms",
+        "spread",
+        "/ limit",
+        "/ ddp",
+        *best,
+        "MB sent",
+        "/ formula",
+        "/ counted",
+    ):
         table.add_column(title, justify="right", no_wrap=True)
 
     def text(value: float | None, form: str = ".3f") -> str:
@@ -493,19 +524,21 @@ def show_rate(found: dict) -> None:
             *(text(ratio.get(other)) if other else "" for other in best.values()),
             text(row["sent_bytes_per_step"] / 1e6, ".2f"),
             text(row["sent_over_formula"]),
+            text(row["sent_over_counted"]),
         )
     console.print(table)
 
 
 def show_standings(standings: dict[str, Standing]) -> None:
     table = Table(title="Systems", title_justify="left")
-    for title in ("system", "peak MB by rank", "replicas equal", "from ddp"):
+    for title in ("system", "peak MB by rank", "optimizer MB", "replicas equal", "from ddp"):
         table.add_column(title, no_wrap=True)
     for name, s in standings.items():
         if s.status == "runs":
             table.add_row(
                 name,
                 " ".join(f"{p / 1e6:.0f}" for p in s.peak_bytes),
+                " ".join(f"{b / 1e6:.1f}" for b in s.optimizer_bytes),
                 "" if s.replicas_equal is None else "yes" if s.replicas_equal else "[red]NO[/red]",
                 "" if s.farthest_from_ddp is None else f"{s.farthest_from_ddp:.1e}",
             )
@@ -604,6 +637,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--mtu", type=int, default=9000)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", action="store_true", help="what FILE has of other rates")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     try:
@@ -657,7 +691,17 @@ def main() -> int:
         bench = Bench(job, network, Path(folder), args.tuning_steps)
         result["job"] = {**asdict(job), "parameters": bench.parameters}
 
+        measured: list[dict[str, Any]] = []
+        kept: list[dict[str, Any]] = []
+        if args.keep and args.json and args.json.exists():
+            before = json.loads(args.json.read_text())
+            same = ("job", "network")
+            if any(before[key] != result[key] for key in same):
+                raise SystemExit(f"--keep: {args.json} is of another job or network")
+            kept = [r for r in before["rates"] if r["rate"] not in args.rates]
+
         def save() -> None:
+            result["rates"] = sorted(kept + measured, key=lambda r: -(r["bits_per_s"] or math.inf))
             result["systems"] = {n: asdict(s) for n, s in bench.standings.items()}
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -665,7 +709,7 @@ def main() -> int:
 
         bench.start(args.systems)
         for label, rate in rates:
-            result["rates"].append(run_rate(bench, label, rate, args.repeats, args.steps))
+            measured.append(run_rate(bench, label, rate, args.repeats, args.steps))
             save()
         network.shape(None)
         for name in list(bench.teams):

@@ -378,6 +378,7 @@ SYSTEMS: dict[str, Any] = {
     "exact": partial(Unisono, "exact", shard="auto"),
     "exact-shards": partial(Unisono, "exact", shard=True),
     "exact-whole": partial(Unisono, "exact"),
+    "exact-even": partial(Unisono, "exact", shard=True, tables=False),
     "exact-bf16": partial(Unisono, "exact", wire="bfloat16", shard=True),
     "sharded": partial(Unisono, "sharded"),
 }
