@@ -21,6 +21,11 @@ from unisono.forecast.memory import fits, largest_micro_batch, least_recompute
 
 Row = Mapping[str, str]
 
+BINNED = re.compile(r"DeepLearningExamples.*PyTorch/LanguageModeling/BERT")
+"""Sources whose long sequences are batched with others of like length (NVIDIA's LDDL, bins of 64 tokens;
+scripts/configs/pretrain_config.sh: phase 1 unbinned, phase 2 bin_size_64): the length that the row states
+is the longest, and how long a sequence is in the mean is stated nowhere."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -99,6 +104,8 @@ def read(row: Row) -> Published | str:
         return "shape not stated"
     if not (count and sequence):
         return "sequence or number of devices not stated"
+    if sequence > 128 and BINNED.search(row.get("source", "")):
+        return "sequences binned by length"
     if dtype is None:
         return "precision not stated"
     micro, batch = whole(row, "micro_batch"), whole(row, "global_batch_sequences")
@@ -192,10 +199,11 @@ def setting(
     text = f"{strategy} {row.get('source', '').lower()} {row.get('model', '').lower()} {notes}"
     year = whole(row, "year") or 2024
     kind, mesh = layout(row, strategy, notes, count, device)
-    xla = bool(re.search(r"maxtext|paxml|jax|xla|levanter|tpu", text)) and "w/xla" not in strategy
-    fused = xla or row.get("compile", "").lower().startswith("y") or bool(
-        re.search(r"megatron|nemo|deepspeed|internevo|w/xla|compile|apex", text)
-    )  # fmt: skip
+    fused = row.get("compile", "").lower().startswith("y") or bool(
+        re.search(
+            r"maxtext|paxml|jax|levanter|tpu|megatron|nemo|deepspeed|internevo|compile|apex", text
+        )
+    )
     amp = "amp" in row.get("precision", "").lower() or "megatron" in text or "nemo" in text
     gradient = 4 if dtype in ("fp32", "tf32") or amp else 2
     flash = "flash" in text or (year >= 2023 and dtype not in ("fp32", "tf32"))
