@@ -204,6 +204,7 @@ def setting(
             r"maxtext|paxml|jax|levanter|tpu|megatron|nemo|deepspeed|internevo|compile|apex", text
         )
     )
+    unfused = "tensorflow 1" in strategy and "xla" not in strategy
     amp = "amp" in row.get("precision", "").lower() or "megatron" in text or "nemo" in text
     gradient = 4 if dtype in ("fp32", "tf32") or amp else 2
     flash = "flash" in text or (year >= 2023 and dtype not in ("fp32", "tf32"))
@@ -212,7 +213,8 @@ def setting(
     run = Run(
         model, sequence, micro or 1, 1, mesh, kind, dtype, gradient, recompute,
         bucket_bytes=bucket(text, gradient),
-        stack="fused" if fused else "early" if year < 2022 else "eager", flash=flash,
+        stack="fused" if fused else "unfused" if unfused else "early" if year < 2022 else "eager",
+        flash=flash,
     )  # fmt: skip
     if batch:
         each = batch / count

@@ -27,6 +27,9 @@ class Constants:
     """Likewise in fp8 and fp4, where scales cost as well. Fitted."""
     flash: float = 0.6
     """Fused attention, as a share of the best published product. Fitted."""
+    flash_new: float = 0.75
+    """Likewise by kernels written for devices with fp8 (FlashAttention-3, arXiv 2407.08608: on an H100
+    620 forward and 560 backward of 794 TFLOP/s; cuDNN 9), which fused stacks call. Fitted."""
     flash_width: float = 32.0
     """Softmax and bookkeeping of fused attention, in columns of a head: the share of a head of size d
     that is products is d / (d + this). Fitted."""
@@ -37,6 +40,10 @@ class Constants:
     read once; read, and their gradients read and written. Fitted."""
     early_passes: float = 4.0
     """Likewise in frameworks until 2021, whose mixed precision casts to and fro. Fitted."""
+    unfused_passes: float = 9.0
+    """Likewise where a graph runs one kernel an operation (TensorFlow 1 without XLA): counted from
+    google-research/bert: GELU 18 values read or written for each of its own, LayerNorm 20, dropout 10,
+    scores 16, in all 196 widths of h, where 22 are kept."""
     launches: int = 20
     """Kernels of a layer's forward pass, of which a backward pass has twice as many."""
     launch_s: float = 6e-6
@@ -62,9 +69,10 @@ class Constants:
     tree_hop_s: float = 25e-6
     """One level of a tree between nodes, up or down: 1 MiB all-reduces take 50 us longer with every
     doubling of the nodes, 129 us on 4 and 552 us on 1,024 (H100, GTC24 s62129)."""
-    contention: float = 0.1
+    contention: float = 0.19
     """Share of a hidden transfer that still slows compute down (kernels of the collective occupy
-    multiprocessors and memory). Fitted."""
+    multiprocessors and memory): 18.9% in the mean over A100, H100, MI210, MI250 (arXiv 2507.03114).
+    Fitted."""
     jitter: float = 0.01
     """Standard deviation of a rank's step time, relative; the slowest of N ranks is waited for. Fitted."""
     jitter_s: float = 0.002
