@@ -73,7 +73,7 @@ def read(row: Row) -> Published | str:
         return f"domain {row['domain']}"
     if any((whole(row, axis) or 1) > 1 for axis in ("tp", "pp", "cp", "ep")):
         return "not data parallel alone"
-    if not re.search(r"ddp|fsdp|hsdp|zero|data.?parallel|dp\b", strategy):
+    if not re.search(r"ddp|fsdp|hsdp|zero|data.?parallel|dp\b|horovod", strategy):
         return "strategy not stated"
     if row.get("dp_dominated", "yes") == "no":
         return "not data parallel alone"
@@ -233,9 +233,11 @@ def setting(
 
 def recomputation(stated: str) -> Recompute:
     """From `full`, `selective op`, `none`, `yes`, `every 2nd layer` and the like."""
+    if re.match(r"no|off|false|0", stated):
+        return "none"
     if re.search(r"select|\bop\b|sac|partial|every", stated):
         return "selective"
-    return "full" if re.search(r"full|yes|true|\bon\b|all", stated) else "none"
+    return "full" if re.search(r"full|yes|true|\bon\b|\b1\b|all|block|layer", stated) else "none"
 
 
 def bucket(text: str, gradient_bytes: int) -> float:
@@ -251,11 +253,15 @@ def bucket(text: str, gradient_bytes: int) -> float:
 
 def layout(row: Row, strategy: str, notes: str, count: int, device: Device) -> tuple[str, Mesh]:
     """Our strategy's name and the mesh."""
-    stage = whole(row, "zero_stage")
+    named_stage = re.search(r"zero\W{0,2}(?:stage)?\W{0,2}([123])", strategy)
+    stage = whole(row, "zero_stage") or (int(named_stage[1]) if named_stage else None)
+    if "shard_grad_op" in strategy:
+        stage = 2
     group = re.search(r"(?:shard group|within)\s+(\d+)", f"{notes} {strategy}")
     inside = min(count, int(group[1])) if group else None
-    if "fsdp" in strategy or "hsdp" in strategy or "zero3" in strategy or stage == 3:
-        if inside is None and "hsdp" in strategy:
+    hybrid = "hsdp" in strategy or "hybrid" in strategy
+    if hybrid or ("fsdp" in strategy and stage != 2) or stage == 3:
+        if inside is None and hybrid:
             inside = min(count, device.per_node)
         shard = inside or count
         return "fsdp", Mesh(count // shard, shard)
