@@ -36,7 +36,7 @@ from unisono.forecast.network import fabric
 SHARED = Path(os.environ.get("UNISONO_SHARED", Path(__file__).parents[2] / "shared"))
 
 FITTED = {
-    "matmul": (0.5, 1.0), "matmul_tf32": (0.5, 1.0), "matmul_fp32": (0.5, 1.0), "matmul_fp8": (0.4, 0.9), "flash": (0.2, 1.0), "flash_new": (0.2, 1.0),
+    "matmul": (0.5, 1.0), "matmul_tf32": (0.5, 1.0), "matmul_fp32": (0.5, 1.0), "matmul_fp8": (0.4, 0.9), "flash": (0.2, 0.85), "flash_new": (0.2, 0.85),
     "flash_width": (4.0, 200.0), 
     "traffic": (0.5, 4.0), "passes": (1.0, 8.0), "early_passes": (1.0, 12.0),
     "node_hop_s": (2e-6, 60e-6), "contention": (0.02, 0.5), "jitter": (0.001, 0.05), "jitter_s": (0.0002, 0.02),

@@ -253,13 +253,13 @@ def bucket(text: str, gradient_bytes: int) -> float:
 
 def layout(row: Row, strategy: str, notes: str, count: int, device: Device) -> tuple[str, Mesh]:
     """Our strategy's name and the mesh."""
-    named_stage = re.search(r"zero\W{0,2}(?:stage)?\W{0,2}([123])", strategy)
+    named_stage = re.search(r"zero[\W_]{0,2}(?:stage)?[\W_]{0,2}([123])", strategy)
     stage = whole(row, "zero_stage") or (int(named_stage[1]) if named_stage else None)
     if "shard_grad_op" in strategy:
         stage = 2
     group = re.search(r"(?:shard group|within)\s+(\d+)", f"{notes} {strategy}")
     inside = min(count, int(group[1])) if group else None
-    hybrid = "hsdp" in strategy or "hybrid" in strategy
+    hybrid = bool(re.search(r"hsdp|hybrid.?shard", strategy))
     if hybrid or ("fsdp" in strategy and stage != 2) or stage == 3:
         if inside is None and hybrid:
             inside = min(count, device.per_node)
