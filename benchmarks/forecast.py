@@ -22,7 +22,7 @@ import math
 import os
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from unisono.forecast.network import fabric
 SHARED = Path(os.environ.get("UNISONO_SHARED", Path(__file__).parents[2] / "shared"))
 
 FITTED = {
-    "matmul": (0.5, 1.0), "matmul_tf32": (0.5, 1.0), "matmul_fp32": (0.5, 1.0), "matmul_fp8": (0.4, 0.9), "flash": (0.2, 1.2),
+    "matmul": (0.5, 1.0), "matmul_tf32": (0.5, 1.0), "matmul_fp32": (0.5, 1.0), "matmul_fp8": (0.4, 0.9), "flash": (0.2, 0.85), "flash_new": (0.2, 0.85),
     "flash_width": (4.0, 200.0), 
     "traffic": (0.5, 4.0), "passes": (1.0, 8.0), "early_passes": (1.0, 12.0),
     "node_hop_s": (2e-6, 60e-6), "contention": (0.02, 0.5), "jitter": (0.001, 0.05), "jitter_s": (0.0002, 0.02),
@@ -209,7 +209,7 @@ def spread_at_equal_settings(rows: Sequence[Published]) -> dict[str, Any]:
     }
 
 
-def report(scored: Sequence[Scored], skipped: dict[str, int]) -> dict[str, Any]:
+def report(scored: Sequence[Scored], left_out: Sequence[tuple[str, str]]) -> dict[str, Any]:
     sources: dict[str, list[Scored]] = defaultdict(list)
     for s in scored:
         sources[s.row.source].append(s)
@@ -219,7 +219,8 @@ def report(scored: Sequence[Scored], skipped: dict[str, int]) -> dict[str, Any]:
         "encoders": summary([s for s in scored if not s.row.run.model.causal]),
         "equal_settings": spread_at_equal_settings([s.row for s in scored]),
         "sources": {name: summary(part) for name, part in sorted(sources.items())},
-        "not_qualified": dict(sorted(skipped.items(), key=lambda item: -item[1])),
+        "not_qualified": dict(Counter(why for _, why in left_out).most_common()),
+        "left_out": [{"id": name, "why": why} for name, why in left_out],
         "list": [
             {
                 "id": s.row.id,
@@ -239,16 +240,18 @@ def finite(value: float) -> float | None:
     return round(value, 3) if math.isfinite(value) else None
 
 
-def load(path: Path) -> tuple[list[Published], dict[str, int]]:
-    rows, skipped = [], defaultdict(int)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
-            found = read({k: v or "" for k, v in row.items() if k})
+def load(path: Path) -> tuple[list[Published], list[tuple[str, str]]]:
+    """Rows that qualify; (id, why not) of the others. Columns in any order, case and completeness."""
+    rows, left_out = [], []
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        for line, raw in enumerate(csv.DictReader(file), 2):
+            row = {k.strip().lower().replace(" ", "_"): v or "" for k, v in raw.items() if k}
+            found = read(row)
             if isinstance(found, str):
-                skipped[found] += 1
+                left_out.append((row.get("id") or f"line {line}", found))
             else:
                 rows.append(found)
-    return alike_in_curves(rows), dict(skipped)
+    return alike_in_curves(rows), left_out
 
 
 def main() -> None:
@@ -260,7 +263,7 @@ def main() -> None:
     asked = parser.parse_args()
     if not asked.runs.is_file():
         sys.exit(f"--runs: {asked.runs} is no file; name a CSV of published runs")
-    rows, skipped = load(asked.runs)
+    rows, left_out = load(asked.runs)
     if asked.fit:
         chosen = fit(rows, PRIOR)
         for name in FITTED:
@@ -268,7 +271,7 @@ def main() -> None:
         scored = forecast_all(rows, chosen)
     else:
         scored = leave_one_source_out(rows) if asked.folds else forecast_all(rows, DEFAULT)
-    result = report(scored, skipped)
+    result = report(scored, left_out)
     if asked.json:
         asked.json.write_text(json.dumps(result, indent=1) + "\n")
     parts = {**result["sources"], "decoders": result["decoders"], "encoders": result["encoders"]}

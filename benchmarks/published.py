@@ -21,6 +21,11 @@ from unisono.forecast.memory import fits, largest_micro_batch, least_recompute
 
 Row = Mapping[str, str]
 
+BINNED = re.compile(r"DeepLearningExamples.*PyTorch/LanguageModeling/BERT")
+"""Sources whose long sequences are batched with others of like length (NVIDIA's LDDL, bins of 64 tokens;
+scripts/configs/pretrain_config.sh: phase 1 unbinned, phase 2 bin_size_64): the length that the row states
+is the longest, and how long a sequence is in the mean is stated nowhere."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -68,7 +73,7 @@ def read(row: Row) -> Published | str:
         return f"domain {row['domain']}"
     if any((whole(row, axis) or 1) > 1 for axis in ("tp", "pp", "cp", "ep")):
         return "not data parallel alone"
-    if not re.search(r"ddp|fsdp|hsdp|zero|data.?parallel|dp\b", strategy):
+    if not re.search(r"ddp|fsdp|hsdp|zero|data.?parallel|dp\b|horovod", strategy):
         return "strategy not stated"
     if row.get("dp_dominated", "yes") == "no":
         return "not data parallel alone"
@@ -99,6 +104,8 @@ def read(row: Row) -> Published | str:
         return "shape not stated"
     if not (count and sequence):
         return "sequence or number of devices not stated"
+    if sequence > 128 and BINNED.search(row.get("source", "")):
+        return "sequences binned by length"
     if dtype is None:
         return "precision not stated"
     micro, batch = whole(row, "micro_batch"), whole(row, "global_batch_sequences")
@@ -192,10 +199,12 @@ def setting(
     text = f"{strategy} {row.get('source', '').lower()} {row.get('model', '').lower()} {notes}"
     year = whole(row, "year") or 2024
     kind, mesh = layout(row, strategy, notes, count, device)
-    xla = bool(re.search(r"maxtext|paxml|jax|xla|levanter|tpu", text)) and "w/xla" not in strategy
-    fused = xla or row.get("compile", "").lower().startswith("y") or bool(
-        re.search(r"megatron|nemo|deepspeed|internevo|w/xla|compile|apex", text)
-    )  # fmt: skip
+    fused = row.get("compile", "").lower().startswith("y") or bool(
+        re.search(
+            r"maxtext|paxml|jax|levanter|tpu|megatron|nemo|deepspeed|internevo|compile|apex", text
+        )
+    )
+    unfused = "tensorflow 1" in strategy and "xla" not in strategy
     amp = "amp" in row.get("precision", "").lower() or "megatron" in text or "nemo" in text
     gradient = 4 if dtype in ("fp32", "tf32") or amp else 2
     flash = "flash" in text or (year >= 2023 and dtype not in ("fp32", "tf32"))
@@ -204,7 +213,8 @@ def setting(
     run = Run(
         model, sequence, micro or 1, 1, mesh, kind, dtype, gradient, recompute,
         bucket_bytes=bucket(text, gradient),
-        stack="fused" if fused else "early" if year < 2022 else "eager", flash=flash,
+        stack="fused" if fused else "unfused" if unfused else "early" if year < 2022 else "eager",
+        flash=flash,
     )  # fmt: skip
     if batch:
         each = batch / count
@@ -223,9 +233,11 @@ def setting(
 
 def recomputation(stated: str) -> Recompute:
     """From `full`, `selective op`, `none`, `yes`, `every 2nd layer` and the like."""
+    if re.match(r"no|off|false|0", stated):
+        return "none"
     if re.search(r"select|\bop\b|sac|partial|every", stated):
         return "selective"
-    return "full" if re.search(r"full|yes|true|\bon\b|all", stated) else "none"
+    return "full" if re.search(r"full|yes|true|\bon\b|\b1\b|all|block|layer", stated) else "none"
 
 
 def bucket(text: str, gradient_bytes: int) -> float:
@@ -241,11 +253,15 @@ def bucket(text: str, gradient_bytes: int) -> float:
 
 def layout(row: Row, strategy: str, notes: str, count: int, device: Device) -> tuple[str, Mesh]:
     """Our strategy's name and the mesh."""
-    stage = whole(row, "zero_stage")
+    named_stage = re.search(r"zero[\W_]{0,2}(?:stage)?[\W_]{0,2}([123])", strategy)
+    stage = whole(row, "zero_stage") or (int(named_stage[1]) if named_stage else None)
+    if "shard_grad_op" in strategy:
+        stage = 2
     group = re.search(r"(?:shard group|within)\s+(\d+)", f"{notes} {strategy}")
     inside = min(count, int(group[1])) if group else None
-    if "fsdp" in strategy or "hsdp" in strategy or "zero3" in strategy or stage == 3:
-        if inside is None and "hsdp" in strategy:
+    hybrid = bool(re.search(r"hsdp|hybrid.?shard", strategy))
+    if hybrid or ("fsdp" in strategy and stage != 2) or stage == 3:
+        if inside is None and hybrid:
             inside = min(count, device.per_node)
         shard = inside or count
         return "fsdp", Mesh(count // shard, shard)

@@ -100,10 +100,12 @@ def test_devices_have_facts_with_sources() -> None:
 @pytest.mark.parametrize(
     ("spelling", "name"),
     [("H100-80GB", "H100"), ("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("A100 (DGX A100)", "A100 80GB"),
-     ("V100-SXM2-16GB", "V100 16GB"), ("TPU v5p", "TPU v5p"), ("nvidia h200", "H200")],
+     ("V100-SXM2-16GB", "V100 16GB"), ("TPU v5p", "TPU v5p"), ("nvidia h200", "H200"), ("TPU v4-32", "TPU v4"), ("8 x A100", "A100 80GB"),
+     ("A100-40GB PCIe", "A100 PCIe 40GB"), ("L40S", "L40S")],
 )  # fmt: skip
 def test_devices_are_found_in_any_spelling(spelling: str, name: str) -> None:
     assert device(spelling).name == name
+    assert find("L40") is None  # no L4
 
 
 def test_an_unknown_device_names_the_nearest() -> None:
@@ -186,6 +188,20 @@ def test_wider_models_and_more_tokens_use_a_device_better() -> None:
 
     assert rate(512, 4096) < rate(1024, 4096) < rate(4096, 4096)
     assert rate(1024, 256) < rate(1024, 1024) < rate(1024, 8192)
+
+
+def test_newer_kernels_and_unfused_graphs() -> None:
+    def forward(device: Device, stack: str) -> float:
+        c = replace(PLAIN, flash=0.25, flash_new=0.5, unfused_passes=9.0)
+        return layer_work(TINY, device, tokens=64, sequence=16, dtype="bf16", stack=stack, constants=c).forward  # type: ignore[arg-type]  # fmt: skip
+
+    new = replace(UNIT, peak_flops={**UNIT.peak_flops, "fp8": 2e6})
+    attention = 4 * 64 * 16 * 8 / 2 / 1e6
+    assert forward(new, "eager") - forward(new, "fused") == pytest.approx(attention * (4 - 2))
+    assert forward(UNIT, "eager") == forward(UNIT, "fused") == forward(new, "eager")
+    once = 64 * saved_bytes(TINY, 16, True) / UNIT.memory_bytes_per_s
+    more = (9.0 - PLAIN.early_passes) * once
+    assert forward(UNIT, "unfused") - forward(UNIT, "early") == pytest.approx(more)
 
 
 def test_the_optimizer_moves_its_bytes() -> None:
@@ -271,6 +287,24 @@ def test_fsdp_hides_what_a_layer_can_hide() -> None:
     )
 
 
+def test_sharded_embeddings_travel_once_a_step_where_gradients_do() -> None:
+    often = total(run(Mesh(shard=4), strategy="fsdp", accumulation=3))
+    once = total(run(Mesh(shard=4), strategy="fsdp", accumulation=3, scatter_once=True))
+    scatter = 3 / 4 * 80 * 4 / 1e6
+    assert often.communication - once.communication == pytest.approx(2 * scatter)
+    copied = total(run(Mesh(2, 2), strategy="fsdp"))  # all-reduce of half the embeddings' gradients
+    ends = 1 / 2 * 80 * (2 + 4) / 1e6 + 2 * 1 / 2 * 40 * 4 / 1e6
+    assert copied.communication == pytest.approx(ends)
+
+
+def test_context_ranks_sum_their_gradients() -> None:
+    """They hold the same weights and see other tokens: as many bytes as replicas send."""
+    alone = total(run(Mesh(context=4)))
+    assert alone.communication == pytest.approx(total(run(Mesh(replica=4))).communication)
+    sharded = memory(run(Mesh(2, 2, context=2), strategy="fsdp"))
+    assert sharded.weights == memory(run(Mesh(1, 4), strategy="fsdp")).weights
+
+
 def test_a_pipeline_has_a_bubble_and_tensor_ranks_talk() -> None:
     bubble = total(run(Mesh(pipeline=2), accumulation=4)).bubble
     assert bubble > 0
@@ -331,6 +365,13 @@ def test_sixteen_bytes_a_parameter_and_who_shares_them() -> None:
     assert states("ddp", four, weight_bytes=4) == 4 + 4 + 8
     whole = states("fsdp", Mesh(shard=4), scatter_once=True, accumulation=2, weight_bytes=4)
     assert whole == 4 / 4 + 4 + 8 / 4
+
+
+def test_fsdp_holds_two_layers_and_the_embeddings_whole() -> None:
+    m = memory(run(Mesh(shard=4), strategy="fsdp"))
+    assert m.buffers == 2 * (2 * 768 + 80) + 4 * 768
+    tied = memory(run(Mesh(pipeline=2)))  # either end needs the table
+    assert tied.weights == 2 * (768 + 80)
 
 
 def test_recomputation_and_smaller_micro_batches_hold_less() -> None:

@@ -16,7 +16,7 @@ from unisono.forecast.constants import DEFAULT, Constants
 from unisono.forecast.hardware import DTYPE_BYTES, Device
 
 Recompute = Literal["none", "selective", "full"]
-Stack = Literal["eager", "fused", "early"]
+Stack = Literal["eager", "fused", "early", "unfused"]
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,13 @@ def layer_work(
     if flash:
         narrow = 1 + c.flash_width / model.head_size
         scores *= narrow / (2 if model.causal else 1)
-        attention = scores / (device.peak(wide) * best * c.flash)
+        kernel = c.flash_new if stack == "fused" and "fp8" in device.peak_flops else c.flash
+        attention = scores / (device.peak(wide) * best * kernel)
         attention_back = 2.5 * attention  # scores are computed again (Dao 2022, arXiv 2205.14135)
     else:
         attention = scores / wide_rate
         attention_back = 2 * attention
-    passes = c.early_passes if stack == "early" else c.passes
+    passes = {"early": c.early_passes, "unfused": c.unfused_passes}.get(stack, c.passes)
     kept = saved_bytes(model, sequence, flash) * width / 2 / tensor
     between = passes * here * kept / memory
     if stack == "eager":
@@ -134,7 +135,7 @@ def optimizer_s(
 ) -> float:
     """AdamW on `values` parameters of this device; early stacks step every tensor by itself."""
     c = constants
-    if stack != "early":
+    if stack not in ("early", "unfused"):
         return c.optimizer_bytes * values / device.memory_bytes_per_s
     tensors = 16 * model.layers * values / model.parameters
     return c.early_optimizer_bytes * values / device.memory_bytes_per_s + 12 * tensors * c.launch_s

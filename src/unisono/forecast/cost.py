@@ -47,6 +47,11 @@ class Mesh:
         """Ranks that see different samples."""
         return self.replica * self.shard
 
+    @property
+    def holders(self) -> int:
+        """Ranks whose gradients of the same weights are summed: context ranks see other tokens."""
+        return self.data * self.context
+
 
 @dataclass(frozen=True)
 class Run:
@@ -166,7 +171,7 @@ def compose(
     mesh, model, c = run.mesh, run.model, constants
     k = run.accumulation
     layers = math.ceil(model.layers / mesh.pipeline)
-    held = (layers * model.layer_parameters + _ends(model, mesh.pipeline)) / mesh.tensor
+    held = held_values(run)
     forward = layers * work.forward + work.head_forward
     backward = layers * (work.backward + work.again) + work.head_backward
     add_s = 0.0
@@ -185,21 +190,25 @@ def compose(
         bubble = (mesh.pipeline - 1) * (one + 2 * hop) + 2 * k * hop
     sent = _data_parallel(run, fabric, held, layers, forward, backward, work, c)
 
-    owned = held / (1 if run.strategy == "ddp" or mesh.data == 1 else _owners(run))
+    owned = held / (1 if run.strategy == "ddp" else owners(run))
     update = optimizer_s(model, device, owned, run.stack, c)
     busy = compute + again + across + bubble + update
     waiting = slowest(mesh.size) * (c.jitter * (busy + sent) + c.jitter_s)
     return Step(compute, again, sent, across, bubble, update, waiting, c.step_s)
 
 
-def _owners(run: Run) -> int:
-    """Ranks over which the optimizer's state is divided."""
-    return run.mesh.shard if run.strategy == "fsdp" or run.mesh.shard > 1 else run.mesh.data
+def owners(run: Run) -> int:
+    """Ranks over which the optimizer's state is divided, unless by `ddp`, which divides nothing."""
+    mesh = run.mesh
+    return mesh.shard * mesh.context if run.strategy == "fsdp" or mesh.shard > 1 else mesh.holders
 
 
-def _ends(model: Architecture, stages: int) -> float:
-    """Embedding values on the fullest stage."""
-    return model.embedding_parameters / (1 if stages == 1 or model.tied else 2)
+def held_values(run: Run) -> float:
+    """Weights of the fullest pipeline stage on one tensor rank, before any sharding."""
+    model, stages = run.model, run.mesh.pipeline
+    layers = math.ceil(model.layers / stages)
+    ends = model.embedding_parameters / (1 if stages == 1 or model.tied else 2)
+    return (layers * model.layer_parameters + ends) / run.mesh.tensor
 
 
 def _across(run: Run, work: Work, fabric: Fabric, layers: int) -> float:
@@ -237,15 +246,14 @@ def _data_parallel(
 ) -> float:
     """Exposed seconds of gradients and weights in one step, with what contention costs."""
     mesh, k = run.mesh, run.accumulation
-    if mesh.data == 1:
+    if mesh.holders == 1:
         return 0.0
-    inner = mesh.tensor * mesh.context
-    shard = wire(fabric, mesh.shard, inner)
-    replica = wire(fabric, mesh.replica, inner * mesh.shard)
+    shard = wire(fabric, mesh.shard * mesh.context, mesh.tensor)
+    replica = wire(fabric, mesh.replica, mesh.tensor * shard.size)
     if run.strategy == "fsdp":
         return _fsdp(run, held, layers, work, shard, replica, c)
 
-    whole = wire(fabric, mesh.data, inner)
+    whole = wire(fabric, mesh.holders, mesh.tensor)
     table = run.model.vocab * run.model.hidden / mesh.tensor * run.gradient_bytes
     grads = max(0.0, held * run.gradient_bytes - table)
     buckets = max(1, math.ceil(grads / run.bucket_bytes))
@@ -253,20 +261,20 @@ def _data_parallel(
     if run.strategy == "ddp":
         return _hide_behind(backward, buckets, whole.all_reduce(each), whole.all_reduce(table), c)
     inside = mesh.shard > 1 and mesh.replica > 1  # optimizer shards in a group, copies outside
-    owners = shard if inside else whole
+    group = shard if inside else whole
 
     def out(size: float) -> float:
-        copies = replica.all_reduce(size / mesh.shard) if inside else 0.0
-        return owners.reduce_scatter(size) + copies
+        copies = replica.all_reduce(size / shard.size) if inside else 0.0
+        return group.reduce_scatter(size) + copies
 
     if run.strategy == "exact":
         # The table's gradient is early but for the rows that were looked up (sync/rows.py).
         rows = min(run.model.vocab, run.micro_batch * run.sequence) * run.model.hidden * 4
-        back = owners.all_gather(each)  # weights travel as gradients do (sync/zero.py)
+        back = group.all_gather(each)  # weights travel as gradients do (sync/zero.py)
         lost = exposed_head(forward, buckets, back)
         lost += c.contention * max(0.0, buckets * back - lost)
         return lost + _hide_behind(backward, buckets, out(each + table / buckets), out(rows), c)
-    back = owners.all_gather((grads + table) * run.weight_width / run.gradient_bytes)
+    back = group.all_gather((grads + table) * run.weight_width / run.gradient_bytes)
     reduces = k if run.strategy == "zero2" else 1
     return back + reduces * _hide_behind(backward, buckets, out(each), out(table), c)
 
@@ -283,23 +291,27 @@ def _fsdp(
     """Exposed by all micro-batches: weights gathered for each pass, gradients scattered in backward.
 
     With prefetch of one layer the layer takes max(compute, transfer); what is gathered first and
-    scattered last, the embeddings, stands alone. Copies (HSDP) are summed once a step beside the last
-    backward pass.
+    scattered last, the embeddings, stands alone. Copies (HSDP) are summed once a step, beside the last
+    backward pass but for the embeddings'.
     """
     width = run.weight_width
     unit = run.model.layer_parameters / run.mesh.tensor
     root = max(0.0, held - layers * unit)
     gather = shard.all_gather(unit * width)
     scatter = shard.reduce_scatter(unit * run.gradient_bytes)
-    ends = shard.all_gather(root * width) + shard.reduce_scatter(root * run.gradient_bytes)
-    share = unit * run.gradient_bytes / run.mesh.shard
-    copies = replica.all_reduce(share) if run.mesh.replica > 1 else 0.0
+    scatter_root = shard.reduce_scatter(root * run.gradient_bytes)
+
+    def copies(values: float) -> float:
+        share = values * run.gradient_bytes / shard.size
+        return replica.all_reduce(share) if run.mesh.replica > 1 else 0.0
 
     def exposed(compute: float, transfer: float) -> float:
         return max(0.0, transfer - compute) + c.contention * min(compute, transfer)
 
     back = work.backward + work.again
-    forward = layers * exposed(work.forward, gather) + ends
-    behind = layers * exposed(back, gather + (0.0 if run.scatter_once else scatter))
-    last = layers * exposed(back, gather + scatter + copies) + copies
+    forward = layers * exposed(work.forward, gather) + shard.all_gather(root * width)
+    behind = layers * exposed(back, gather)
+    if not run.scatter_once:
+        behind = layers * exposed(back, gather + scatter) + scatter_root
+    last = layers * exposed(back, gather + scatter + copies(unit)) + scatter_root + copies(root)
     return run.accumulation * forward + (run.accumulation - 1) * behind + last

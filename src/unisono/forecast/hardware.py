@@ -88,10 +88,16 @@ def device(name: str) -> Device:
 
 
 def find(name: str) -> Device | None:
-    """The device whose name or alias is the longest start of `name`; None if there is none."""
-    key = _key(name)
-    fits = [known for known in _names() if key == known or key.startswith(known)]
-    return devices()[_names()[max(fits, key=len)]] if key and fits else None
+    """The device whose name or alias is the longest start of `name`; None if there is none.
+
+    A start ends with a word (TPU v4-32) or before no further digit but memory's (A10080GB, not L40S).
+    """
+    words, known = _words(name), _names()
+    key = "".join(words)
+    starts = {"".join(words[:n]) for n in range(1, len(words) + 1)}
+    starts |= {k for k in known if re.match(re.escape(k) + r"(\d+gb|\D)", key)}
+    fits = starts & known.keys()
+    return devices()[known[max(fits, key=len)]] if fits else None
 
 
 @lru_cache(1)
@@ -101,9 +107,17 @@ def _names() -> dict[str, str]:
 
 
 def _key(name: str) -> str:
+    return "".join(_words(name))
+
+
+def _words(name: str) -> list[str]:
     for noise in ("nvidia", "amd", "instinct", "google", "geforce", "tesla", "intel"):
         name = re.sub(noise, "", name, flags=re.IGNORECASE)
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    words = re.findall(r"[a-z0-9]+", re.sub(r"^\s*\d+\s*x\s+", "", name.lower()))  # 8 x A100
+    if "pcie" in words[2:]:  # H100 80GB PCIe is no H100 80GB
+        words.remove("pcie")
+        words.insert(1, "pcie")
+    return words
 
 
 def _device(row: Mapping[str, Any]) -> Device:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from unisono.forecast.compute import kept_bytes, saved_bytes
 from unisono.forecast.constants import DEFAULT, Constants
-from unisono.forecast.cost import Run
+from unisono.forecast.cost import Run, held_values, owners
 from unisono.forecast.hardware import DTYPE_BYTES
 
 
@@ -40,25 +40,26 @@ def memory(run: Run) -> Memory:
     mesh, model = run.mesh, run.model
     width, weight = DTYPE_BYTES[run.dtype], run.weight_width
     layers = math.ceil(model.layers / mesh.pipeline)
-    held = layers * model.layer_parameters + model.embedding_parameters / min(2, mesh.pipeline)
-    held /= mesh.tensor
-    owners = mesh.shard if run.strategy == "fsdp" or mesh.shard > 1 else mesh.data
+    held, shares = held_values(run), owners(run)
     master = 8 if weight == 4 else 12
     grad = max(weight, run.gradient_bytes)
     by = {  # (weights, gradients, optimizer) are divided by
         "ddp": (1, 1, 1),
-        "exact": (1, 1, owners),
-        "zero1": (1, 1, owners),
-        "zero2": (1, owners, owners),
-        "fsdp": (owners, owners, owners),
+        "exact": (1, 1, shares),
+        "zero1": (1, 1, shares),
+        "zero2": (1, shares, shares),
+        "fsdp": (shares, shares, shares),
     }[run.strategy]
     if run.strategy == "fsdp" and run.scatter_once and run.accumulation > 1:
-        by = (owners, 1, owners)
+        by = (shares, 1, shares)
     buffers = 0.0
-    if run.strategy == "fsdp" and owners > 1:
-        # Two layers gathered (one computes, one arrives), and one layer's whole gradients.
-        buffers = (2 * weight + run.gradient_bytes) * model.layer_parameters / mesh.tensor
-    elif mesh.data > 1:
+    if run.strategy == "fsdp" and shares > 1:
+        # Gathered: two layers (one computes, one arrives) and, for the whole pass, the embeddings;
+        # and the whole gradients of either.
+        unit = model.layer_parameters / mesh.tensor
+        root = held - layers * unit
+        buffers = weight * (2 * unit + root) + run.gradient_bytes * max(unit, root)
+    elif mesh.holders > 1:
         buffers = 2.0 * min(run.bucket_bytes, held * run.gradient_bytes)
     here = run.micro_batch * run.sequence / mesh.context / mesh.tensor
     one = here * saved_bytes(model, run.sequence, run.flash) * width / 2

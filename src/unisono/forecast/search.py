@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from unisono.forecast.architecture import Architecture
 from unisono.forecast.compute import Recompute, Stack, Work, layer_work
 from unisono.forecast.constants import DEFAULT, Constants
-from unisono.forecast.cost import Mesh, Run, Step, Strategy, compose
+from unisono.forecast.cost import Mesh, Run, Step, Strategy, compose, held_values
 from unisono.forecast.hardware import Device
 from unisono.forecast.memory import Memory, memory
 from unisono.forecast.network import Fabric, Line, wire
@@ -237,7 +237,7 @@ def required_link(
 
     None where no link suffices: latency alone costs more. 0 for one device.
     """
-    if option.run.mesh.data == 1:
+    if option.run.mesh.holders == 1:
         return 0.0
     work = _work(option.run, machine, constants)
     outside = option.devices > machine.fabric.per_node
@@ -281,8 +281,8 @@ def _work(run: Run, machine: Machine, constants: Constants) -> Work:
 
 def _bucket(run: Run, fabric: Fabric) -> float:
     """sqrt(S c B), between 1 and 64 MiB: as in sync/link.py."""
-    w = wire(fabric, run.mesh.data, run.mesh.tensor * run.mesh.context)
-    held = run.model.parameters / run.mesh.tensor / run.mesh.pipeline * run.gradient_bytes
+    w = wire(fabric, run.mesh.holders, run.mesh.tensor)
+    held = held_values(run) * run.gradient_bytes
     best = math.sqrt(held * w.latency_s["all_reduce"] * w.bytes_per_s["all_reduce"])
     return min(64.0, max(1.0, best / 2**20)) * 2**20
 
