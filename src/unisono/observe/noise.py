@@ -34,14 +34,16 @@ from dataclasses import dataclass
 
 BUDGET = 0.001
 """Of the time."""
-DECAY = 0.99
-"""Weight of a step against the next one."""
+WINDOW_STEPS = 100
+"""About so many steps count in an average,"""
 LEAST_SAMPLES = 25
-"""Estimates that are averaged at least, however rarely one is made."""
+"""or so many estimates, however rarely one is made,"""
+MOST_SHARE = 1 / 3
+"""but no more than this share of all: early gradients are large, and change most."""
 WARM_STEPS = 2
 """Not measured: buckets are laid out, caches fill."""
 MOST_APART = 256
-ENOUGH = 8
+ENOUGH = 10
 """Estimates before anything is said."""
 ERRORS = 2.0
 """Standard errors in an interval: 95%."""
@@ -81,9 +83,11 @@ class Averages:
         self._weight = self._weight_squares = 0.0
         self._sums = [0.0] * 6
 
-    def add(self, trace: float, mean: float, batch: float, decay: float) -> None:
-        """`decay`: by how much all that came before loses."""
+    def add(self, trace: float, mean: float, batch: float, every: int = 1) -> None:
+        """An estimate. `every`: of how many steps it is the only one."""
         self.samples += 1
+        window = max(WINDOW_STEPS / every, LEAST_SAMPLES)
+        decay = 1 - 1 / max(1.0, min(window, MOST_SHARE * self.samples))
         self._weight = decay * self._weight + 1
         self._weight_squares = decay * decay * self._weight_squares + 1
         new = (trace, mean, trace * trace, trace * mean, mean * mean, batch)
@@ -185,8 +189,7 @@ class Meter:
         found = estimate(q, m, c, self._s, self._total)
         if found is None or not math.isfinite(found[0]):
             return
-        decay = max(DECAY**self.every, 1 - 1 / LEAST_SAMPLES)
-        self._averages.add(*found, self._total, decay)
+        self._averages.add(*found, self._total, self.every)
         # The mean over all measured steps: a single one may have been interrupted.
         self._spent_s += spent_s
         if step_s:

@@ -66,7 +66,8 @@ class DDP(Whole):
         """Around the forward and backward pass of a micro-batch; only the `last` communicates."""
         hooks = []
         if last and self.parts.measuring and self.parts.kind == "rank":
-            # They run before the reducer's, which is none of a parameter but of its accumulator.
+            # They run before the reducer's, which is none of a parameter but of its accumulator. All
+            # parameters are reached: DDP refuses anything else unless told to look for it.
             hooks = [p.register_post_accumulate_grad_hook(self._measure) for p in self.params]
         try:
             with nullcontext() if last else self._ddp.no_sync():

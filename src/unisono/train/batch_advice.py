@@ -35,6 +35,8 @@ class Advice:
     noise_scale_tokens: float | None
     noise_scale_low_tokens: float | None
     noise_scale_high_tokens: float | None
+    noise_scale_samples: int
+    """Steps that were measured."""
     critical_tokens: float
     """Of the law, for the tokens so far."""
     share: float
@@ -103,6 +105,7 @@ def advise(noise: NoiseScale | None, plan: Plan, config: Config, tokens: int) ->
     return Advice(
         batch_tokens=batch,
         **of_batch,
+        noise_scale_samples=noise.samples if noise else 0,
         critical_tokens=law,
         share=share,
         doubling_faster=faster,
