@@ -162,3 +162,53 @@ def test_nothing_is_kept_unless_measured() -> None:
     parts.add(torch.ones(3))
     parts.cut()
     assert parts.end() == ([], 0.0)
+
+
+def own_loop(world) -> tuple[float, float]:
+    """A loop of one's own with uneven shares; the noise scale it is told, and the plain one."""
+    import copy
+
+    import unisono
+
+    Meter.__init__.__defaults__ = (math.inf,)
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 1))
+    sync = unisono.replicate(model, bucket_mb=0.0001)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    averages, data = Averages(), torch.Generator().manual_seed(5)
+    for step in range(20):
+        shares = []
+        for rank in range(world.size):
+            x = torch.randn(4 + 3 * rank + step % 3, 6, generator=data)
+            shares.append((x, x[:, :1] ** 2))
+        gradients = []
+        for x, y in shares:
+            plain = copy.deepcopy(model)
+            plain.zero_grad()
+            F.mse_loss(plain(x), y, reduction="sum").backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in plain.parameters()]).double())
+        counts = [len(x) for x, _ in shares]
+        if noise.WARM_STEPS <= step < 19:
+            q = sum(float(g @ g) / n for g, n in zip(gradients, counts, strict=True))
+            whole, total = sum(gradients), sum(counts)
+            s = float(whole @ whole) / total
+            averages.add(*estimate(q, total, world.size, s, total), total)
+        x, y = shares[world.rank]
+        first = len(x) // 2
+        with sync.accumulate():
+            F.mse_loss(model(x[:first]), y[:first], reduction="sum").backward()
+        F.mse_loss(model(x[first:]), y[first:], reduction="sum").backward()
+        sync.finish(len(x))
+        optimizer.step()
+        optimizer.zero_grad()
+    found, plain_scale = sync.noise_scale(), averages.scale()
+    sync.close()
+    assert found is not None and plain_scale is not None
+    assert found.batch == pytest.approx(plain_scale.batch)
+    return found.tokens, plain_scale.tokens
+
+
+def test_a_loop_of_one_s_own_is_told_its_noise_scale() -> None:
+    results = run_ranks(own_loop, 3)
+    assert len({found for found, _ in results}) == 1
+    assert results[0][0] == pytest.approx(results[0][1], rel=1e-4)
