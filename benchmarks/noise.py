@@ -5,7 +5,7 @@ of the batch, and by one, which has the first half of its micro-batches as the p
 measured, so that steps with and without can be told apart: the cost is the difference of their medians,
 and the time in the norms themselves, which is what sets how often they are taken in a real run.
 
-    python benchmarks/noise.py [--steps 450] [--replicas 1 2] [--json FILE]
+    python benchmarks/noise.py [--steps 450] [--minutes 60] [--replicas 1 2] [--json FILE]
 
 With one of the two alone, the other is taken from the file.
 """
@@ -26,7 +26,7 @@ EVERY = 25
 WARM = 10
 
 
-def worker(steps: int, out: Path) -> None:
+def worker(steps: int, minutes: float, out: Path) -> None:
     """One rank of the recipe; rank 0 writes what came of it."""
     from unisono import config as config_module
     from unisono.observe.noise import BUDGET, Meter
@@ -68,6 +68,7 @@ def worker(steps: int, out: Path) -> None:
         job.noise = meter = Alternating()
         times: dict[bool, list[float]] = {True: [], False: []}
         rows = []
+        ends = time.perf_counter() + 60 * minutes
         for step in range(steps):
             began = time.perf_counter()
             advance(job)
@@ -79,6 +80,8 @@ def worker(steps: int, out: Path) -> None:
                 found = metrics(meter.scale(), job.plan, job.progress.tokens)
                 row = {k.removeprefix("batch__"): round(v) for k, v in found.items()}
                 rows.append({"step": step + 1, **row})
+                if votes.sum(float(time.perf_counter() > ends))[0]:
+                    break
         if world.is_main:
             median_s = {measured: statistics.median(t) for measured, t in times.items()}
             norms_s = statistics.median(meter.norms_s)
@@ -96,12 +99,13 @@ def worker(steps: int, out: Path) -> None:
             (out / "result.json").write_text(json.dumps(result))
 
 
-def measure(replicas: int, steps: int) -> dict:
+def measure(replicas: int, steps: int, minutes: float) -> dict:
     from unisono.launch.local import launch
 
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, __file__, "--worker", "--steps", str(steps), "--out", folder,
+            sys.executable, __file__, "--worker", "--steps", str(steps), "--minutes", str(minutes),
+            "--out", folder,
         ]  # fmt: skip
         code = launch(command, replicas, threads=1)
         if code:
@@ -114,7 +118,7 @@ def compare(one: dict, two: dict) -> list[dict]:
     key = "noise_scale_tokens"
     return [
         {"step": a["step"], "halves": a[key], "ranks": b[key], "ratio": a[key] / b[key]}
-        for a, b in zip(one["rows"], two["rows"], strict=True)
+        for a, b in zip(one["rows"], two["rows"], strict=False)  # one may have been cut short
         if key in a and key in b
     ]
 
@@ -122,13 +126,14 @@ def compare(one: dict, two: dict) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--minutes", type=float, default=60.0, help="of each run, at most")
     parser.add_argument("--replicas", type=int, nargs="+", default=[2, 1], choices=[1, 2])
     parser.add_argument("--json", type=Path, default=HERE / "results" / "noise.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.steps, args.out)
+        worker(args.steps, args.minutes, args.out)
         return
     about = machine()
     print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {about['date']}")
@@ -136,7 +141,7 @@ def main() -> None:
     report["machine"] = about
     runs = report.setdefault("runs", {})
     for replicas in args.replicas:
-        found = runs[str(replicas)] = measure(replicas, args.steps)
+        found = runs[str(replicas)] = measure(replicas, args.steps, args.minutes)
         print(
             f"{replicas} replicas, parts are {found['parts']}: "
             f"step {found['step_ms']['not']:.1f} ms, measured {found['measured_over_not'] - 1:+.2%}; "
@@ -144,7 +149,7 @@ def main() -> None:
             + "\n".join(found["advice"]),
             flush=True,
         )
-    if {"1", "2"} <= runs.keys() and len(runs["1"]["rows"]) == len(runs["2"]["rows"]):
+    if {"1", "2"} <= runs.keys():
         both = report["agreement"] = compare(runs["1"], runs["2"])
         off = [abs(row["ratio"] - 1) for row in both]
         report["off_median"], report["off_most"] = statistics.median(off), max(off)
