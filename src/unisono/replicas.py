@@ -14,6 +14,7 @@ something else than the others is named on standard error and in what they raise
 """
 
 import atexit
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,11 +23,13 @@ import torch.distributed as dist
 from torch import nn
 
 from unisono.errors import UnisonoError
+from unisono.observe.noise import Meter, NoiseScale
 from unisono.observe.watch import Watch
 from unisono.sync import broadcast_model
 from unisono.sync.digest import check_replicas
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.update import global_norm
 
 
 class Replicas:
@@ -40,6 +43,8 @@ class Replicas:
         self._group = Group("replicas", self.ledger, timeout_s)
         broadcast_model(model, self._group)
         self._exact = Exact(model, self.ledger, bucket_mb=bucket_mb, timeout_s=timeout_s)
+        self._noise = Meter()
+        self._exact.parts.begin(measure=self._noise.due())
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -56,13 +61,31 @@ class Replicas:
         this replica summed, and may differ among replicas or be 0. With losses that are means over
         equal shares, leave it at 1.
         """
-        [total] = self._exact.finish(count)
+        total, *told = self._exact.finish(count, *self._noise.told())
+        self._noise.hear(told)
         if total <= 0:
             raise UnisonoError(f"finish(count={count}): the counts of all replicas sum to {total}")
         grads = [p.grad for p in self._exact.params if p.grad is not None]
         if grads:
             torch._foreach_div_(grads, total)
+        self._measure(grads, count, total)
         return total
+
+    def noise_scale(self) -> NoiseScale | None:
+        """The gradient noise scale, in what `count` counts; equal on all replicas. Not collective.
+
+        None with one replica and before enough steps were measured, which takes 0.1% of the time.
+        """
+        return self._noise.scale()
+
+    def _measure(self, grads: list[torch.Tensor], count: float, total: float) -> None:
+        """After a step: keep what was measured, and say whether the next one is."""
+        squares, spent_s = self._exact.parts.end()
+        if squares:
+            began = time.perf_counter()
+            norm = global_norm(grads)
+            self._noise.keep(squares, [count], spent_s + time.perf_counter() - began, norm, total)
+        self._exact.parts.begin(measure=self._noise.due())
 
     def check(self, step: int = 0) -> None:
         """Collective: raise ReplicaError, naming tensor and rank, if parameters are not equal."""

@@ -396,7 +396,7 @@ def _charts(
         folder.lacks(
             "Gradient noise scale",
             "no row of metrics.jsonl has batch/noise_scale_tokens",
-            "a later version measures it on two replicas or more",
+            "it needs two replicas, or two micro-batches a step, and a dozen steps",
         )
     memory = series(rows, "perf/memory_bytes")
     if not memory:

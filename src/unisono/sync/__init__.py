@@ -16,6 +16,7 @@ from torch import nn
 from unisono.sync.ddp import DDP
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.parts import Parts
 from unisono.sync.reference import Reference
 from unisono.sync.update import OptimizerFactory, Update
 from unisono.sync.zero import Zero
@@ -31,6 +32,8 @@ class Strategy(Protocol):
     """Forward passes communicate: all ranks must run the same number of them, in the same order."""
     can_give_up: bool
     """A step may be given up half-way; otherwise an exception on one rank ends the run."""
+    parts: Parts
+    """Norms of what this rank's own gradients were, in steps that are measured."""
 
     def micro_batch(self, last: bool = True) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a micro-batch; `last`: of this step."""

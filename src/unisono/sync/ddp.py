@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.parts import Parts
 from unisono.sync.update import OptimizerFactory
 from unisono.sync.whole import Whole
 
@@ -58,12 +59,26 @@ class DDP(Whole):
             find_unused_parameters=find_unused_parameters,
         )
         self.model = self._ddp
+        self.parts = Parts("rank" if self._group.size > 1 else "half")
 
     @contextmanager
     def micro_batch(self, last: bool = True) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch; only the `last` communicates."""
-        with nullcontext() if last else self._ddp.no_sync():
-            yield
+        hooks = []
+        if last and self.parts.measuring and self.parts.kind == "rank":
+            # They run before the reducer's, which is none of a parameter but of its accumulator. All
+            # parameters are reached: DDP refuses anything else unless told to look for it.
+            hooks = [p.register_post_accumulate_grad_hook(self._measure) for p in self.params]
+        try:
+            with nullcontext() if last else self._ddp.no_sync():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _measure(self, param: nn.Parameter) -> None:
+        assert param.grad is not None
+        self.parts.add(param.grad)
 
     @torch.no_grad()
     def finish(self, *values: float) -> list[float]:

@@ -30,6 +30,7 @@ from torch.nn import Parameter
 from unisono.errors import ConfigError, UnisonoError
 from unisono.sync.bucket import Bucket, group_by_size
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.parts import Parts
 from unisono.sync.tree import HALF, tree_sum
 from unisono.sync.update import OptimizerFactory
 from unisono.sync.whole import Whole
@@ -73,6 +74,7 @@ class Exact(Whole):
         self._last = True
         # Alone, without a tree, gradients are complete where autograd leaves them.
         self._alone = self.replicas == 1 and not leaves
+        self.parts = Parts("micro-batch" if leaves else "half" if self._alone else "rank")
         self._buckets: list[Bucket] = []
         self._num_sent = self._num_gathered = 0
         if not self._alone:
@@ -107,6 +109,8 @@ class Exact(Whole):
             summing = self._control.all_reduce(scalars)
             for bucket in self._buckets[self._num_sent :]:
                 self._send(bucket)
+            if self.leaves:
+                self.parts.cut()
             self._advance(wait=True)
             for bucket in self._buckets:
                 assert bucket.gather is not None
@@ -205,13 +209,16 @@ class Exact(Whole):
         for bucket in self._buckets:
             bucket.fill_missing()
             assert bucket.tree is not None
+            self.parts.add(bucket.flat)
             bucket.tree.add(bucket.flat)
             bucket.missing = set(bucket.indices)
+        self.parts.cut()
         for p in self.params:
             p.grad = None
 
     def _send(self, bucket: Bucket) -> None:
         bucket.fill_missing()
+        self.parts.add(bucket.flat)
         if bucket.tree:
             if bucket.tree.complete_but_one:
                 bucket.tree.finish(bucket.flat)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.parts import Parts
 from unisono.sync.tree import tree_sum
 from unisono.sync.update import OptimizerFactory
 from unisono.sync.whole import Whole
@@ -31,6 +32,7 @@ class Reference(Whole):
         super().__init__(model, ledger, optimizer)
         self._group = Group("reference", ledger, timeout_s)
         self._leaves: list[list[torch.Tensor | None]] = []
+        self.parts = Parts("micro-batch")
 
     @contextmanager
     def micro_batch(self, last: bool = True) -> Iterator[None]:
@@ -41,6 +43,10 @@ class Reference(Whole):
 
     def _keep_leaf(self) -> None:
         self._leaves.append([p.grad for p in self.params])
+        for p in self.params:
+            if p.grad is not None:
+                self.parts.add(p.grad)
+        self.parts.cut()
         for p in self.params:
             p.grad = None
 

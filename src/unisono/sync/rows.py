@@ -70,7 +70,7 @@ class Table:
     def merge(self) -> None:
         """After a micro-batch: keep its gradients alone, each row once, so that more cost nothing."""
         if any(x.leaf is not None for x in self.lookups):
-            used, (ids, total) = self.used, self._own()
+            used, (ids, total) = self.used, self.own()
             self.lookups = [Lookup(ids, summed=total)] if used else []
 
     @torch.no_grad()
@@ -83,12 +83,14 @@ class Table:
         """[most, d] in the type on the wire: of the rows `numbers`, then zeros. Forgets them here."""
         dim = self.shard.layout.shapes[0][1]
         result = torch.zeros(most, dim, dtype=self.shard.wire)
-        ids, total = self._own()
+        ids, total = self.own()
         result[torch.searchsorted(numbers, ids)] = total.to(result.dtype)
         self.lookups.clear()
         return result
 
-    def _own(self) -> tuple[torch.Tensor, torch.Tensor]:
+    @torch.no_grad()
+    def own(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(int64 [k], [k, d]): this rank's rows that have gradients, each once."""
         found = [(x.ids, g) for x in self.lookups if (g := x.gradient) is not None]
         if len(found) == 1:
             return found[0]

@@ -47,6 +47,7 @@ from torch.nn import Parameter
 from unisono.errors import ConfigError, ReplicaError
 from unisono.sync.digest import fingerprint
 from unisono.sync.ledger import Group, Handle, Ledger
+from unisono.sync.parts import Parts
 from unisono.sync.tree import tree_sum
 from unisono.sync.update import (
     MASTER,
@@ -95,7 +96,8 @@ class Sharded:
         ranks = init_device_mesh(device, axes, mesh_dim_names=("replica", "shard"))
         self._replica = Group("replica", ledger, timeout_s, ranks.get_group("replica"))
         self._shard = Group("shard", ledger, timeout_s, ranks.get_group("shard"))
-        self._traffic = _Traffic(self._shard, self._replica, at_once=device != "cpu")
+        self.parts = Parts("rank" if self._control.size > 1 else "half")
+        self._traffic = _Traffic(self._shard, self._replica, device != "cpu", self.parts)
         self._order = 0
         self._used: set[str] = set()
 
@@ -388,8 +390,8 @@ class _Sum:
 class _Traffic:
     """What is under way while a step computes: gradient sums, until `complete`."""
 
-    def __init__(self, shard: Group, replica: Group, at_once: bool) -> None:
-        self.shard, self.replica = shard, replica
+    def __init__(self, shard: Group, replica: Group, at_once: bool, parts: Parts) -> None:
+        self.shard, self.replica, self.parts = shard, replica, parts
         self.at_once = at_once
         """A GPU's streams overlap by themselves; there only the stream waits."""
         self.in_step = False
@@ -399,6 +401,7 @@ class _Traffic:
         self._over_replicas: list[Handle] = []
 
     def scatter(self, output: torch.Tensor, sent: torch.Tensor, unit: int) -> None:
+        self.parts.add(sent)
         if self.at_once:
             self.shard.reduce_scatter(output, sent).wait()
             return
@@ -407,6 +410,8 @@ class _Traffic:
         self._add(_Sum(output, handle, received), unit)
 
     def over_replicas(self, output: torch.Tensor, unit: int) -> None:
+        if self.shard.size == 1:  # nothing was scattered
+            self.parts.add(output)
         if self.shard.size > 1 and not self.at_once:
             return  # as soon as the sum over the row is there
         handle = self.replica.all_reduce(output)

@@ -42,6 +42,7 @@ from unisono.sync.bucket import Layout, group_by_size
 from unisono.sync.exact import Exact, refuse_second
 from unisono.sync.forward import Watch
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.parts import Parts
 from unisono.sync.rows import Rows, Table
 from unisono.sync.shard import Shard
 from unisono.sync.update import (
@@ -108,6 +109,9 @@ class Zero:
         self._row_group = Group("rows", ledger, timeout_s)
         self.replicas, self.rank = self._control.size, self._control.rank
         assert self.replicas > 1
+        self.parts = Parts("rank")
+        self._dense: dict[int, torch.Tensor] = {}
+        """Of tables, until their rows are known: what both add up to has the norm."""
         self._index = {n: i for i, n in enumerate(self.names)}
         self._number = {id(p): i for i, p in enumerate(self.params)}
         self._watch = Watch(self)
@@ -124,6 +128,7 @@ class Zero:
             self._start()
         else:
             self._first = Exact(model, ledger, bucket_mb=bucket_mb, timeout_s=timeout_s)
+            self._first.parts = self.parts
 
     def _clear(self) -> None:
         self._shards: list[Shard] = []
@@ -180,6 +185,7 @@ class Zero:
                 self._send_next()
             for i, table in self._tables.items():
                 self._used[i] |= table.used
+                self._measure_rows(i, table)
             rows = self._announce_rows()
             if rows:
                 rows.send()
@@ -235,6 +241,7 @@ class Zero:
             shard.reset()
         for table in self._tables.values():
             table.lookups.clear()
+        self._dense.clear()
         self._begin_step()
         self._uses, self._touched = [], {}
 
@@ -357,7 +364,7 @@ class Zero:
         if self._reached[i]:
             refuse_second(self.names[i])
         self._used[i] = True
-        shard, place = self._places[i]
+        shard, _ = self._places[i]
         if not shard.sends_gradients:
             if self._announced:
                 refuse_second(self.names[i])
@@ -375,13 +382,31 @@ class Zero:
             assert param.grad is not None
             if param.grad.is_sparse:
                 param.grad = param.grad.to_dense()
-            shard.pack(place, param.grad)
+            self._pack(i, param.grad)
             shard.pending -= 1
             while self._num_sent < len(self._shards):
                 if self._shards[self._num_sent].pending:
                     break
                 self._send_next()
             self._add_up(wait=False)
+
+    def _pack(self, i: int, gradient: torch.Tensor) -> None:
+        shard, place = self._places[i]
+        shard.pack(place, gradient)
+        self.parts.add(gradient)
+        if self.parts.measuring and i in self._tables:
+            self._dense[i] = gradient
+
+    def _measure_rows(self, i: int, table: Table) -> None:
+        """Add the norm of a table's rows, which may lie upon a dense gradient."""
+        dense = self._dense.pop(i, None)
+        if self.parts.measuring and table.used:
+            ids, rows = table.own()
+            if dense is not None:
+                below = dense[ids]
+                self.parts.add(below, -1.0)
+                rows = rows + below
+            self.parts.add(rows)
 
     def _announce_rows(self) -> Rows | None:
         """Collective: in the last backward pass, all lookups of the step are known."""
@@ -394,9 +419,10 @@ class Zero:
             self._culprit = None
         shard = self._shards[self._num_sent]
         for place in sorted(shard.missing):  # used by an earlier micro-batch, not by the last one
-            gradient = self.params[shard.layout.indices[place]].grad
+            i = shard.layout.indices[place]
+            gradient = self.params[i].grad
             if gradient is not None:
-                shard.pack(place, gradient)
+                self._pack(i, gradient)
         shard.send(self._scatters)
         self._num_sent += 1
 

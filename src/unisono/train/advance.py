@@ -40,6 +40,7 @@ def advance(job: Job, previous: Previous | None = None) -> Advanced | None:
         job.votes,
         stop=job.stop.is_asked,
         previous=previous or Previous(),
+        noise=job.noise,
     )
     if taken.outcome is None:
         return None
@@ -55,7 +56,11 @@ def advance(job: Job, previous: Previous | None = None) -> Advanced | None:
         config.min_lr_ratio,
         config.decay_ratio,
     )
-    return Advanced(taken.outcome, rate, _apply(job, taken.outcome, rate))
+    norm = _apply(job, taken.outcome, rate)
+    squares, spent_s = job.sync.parts.end()
+    sizes = job.sync.parts.sizes(taken.targets)
+    job.noise.keep(squares, sizes, spent_s, norm, taken.outcome.tokens)
+    return Advanced(taken.outcome, rate, norm)
 
 
 def _apply(job: Job, outcome: Outcome, rate: float) -> float:

@@ -22,6 +22,7 @@ from unisono.data.tokenizer import check_vocabulary, load_tokenizer
 from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoError
 from unisono.files import write_json
 from unisono.model.load import load_model
+from unisono.observe.noise import Meter
 from unisono.observe.screen import Screen
 from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan
 from unisono.sync import Strategy, broadcast_model, make_strategy
@@ -87,6 +88,8 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     tuner: Tuner | None = None
     """Finds the size of buckets on the first steps; None where it is given."""
+    noise: Meter = field(default_factory=Meter)
+    """Gradient noise scale, since the start of this process."""
 
     @property
     def feed(self) -> Feed:

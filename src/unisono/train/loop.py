@@ -33,7 +33,7 @@ from unisono.sync.digest import check_replicas
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.zero import Zero
-from unisono.train import checkpoint, tuning
+from unisono.train import batch_advice, checkpoint, tuning
 from unisono.train.advance import Advanced, advance
 from unisono.train.evaluation import evaluate
 from unisono.train.job import (
@@ -250,6 +250,7 @@ class Log:
                 perf__step_time_s=window.seconds / window.steps,
                 comm__exposed_fraction=spent["communication"] / total,
                 comm__waiting_fraction=spent["waiting"] / total,
+                **batch_advice.metrics(job.noise.scale(), plan, progress.tokens),
                 **{f"time__{p}_s": seconds for p, seconds in spent.items()},
             )
             self._window = _Window(phases_before=phases)
@@ -416,7 +417,9 @@ def _finish(job: Job, receipt: Receipt, weights: Weights, digest: str) -> Receip
     """Rank 0: the model at the root of the run folder, the receipt with the audit, a sample of text."""
     publish_model(job.run, job.model, job.tokenizer, weights)
     receipt = replace(receipt, samples=_audit(job))
+    advice = batch_advice.advise(job.noise.scale(), job.plan, job.config, job.progress.tokens)
     facts = {"step": job.progress.step, **receipt.as_json(), "digest": digest}
+    facts["batch_advice"] = advice.as_json()
     write_json(job.run / RECEIPT, facts)
     if job.config.sample_prompt is not None:
         from unisono.generate import continue_text, generate
@@ -430,6 +433,7 @@ def _finish(job: Job, receipt: Receipt, weights: Weights, digest: str) -> Receip
         job.screen.say("\nSample", "bold")
         job.screen.say(text + "\n")
     job.screen.show(render(receipt))
+    job.screen.say("\n".join(advice.lines), "dim")
     job.screen.say(f"model, metrics and receipt: {job.run}; as a page: unisono report {job.run}")
     return receipt
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from unisono.data.blocks import NO_LABEL, Batch, Blocks
 from unisono.data.order import Order
+from unisono.observe.noise import Meter
 from unisono.plan import Plan
 from unisono.sync import Strategy
 from unisono.sync.ledger import Group
@@ -71,6 +72,8 @@ class Taken:
     outcome: Outcome | None
     error: BaseException | None = None
     """What failed on this rank, if it did."""
+    targets: list[int] = field(default_factory=list)
+    """Target tokens of each of this rank's micro-batches."""
 
 
 def take_step(
@@ -82,6 +85,7 @@ def take_step(
     *,
     stop: Callable[[], bool],
     previous: Previous,
+    noise: Meter,
 ) -> Taken:
     """Collective: forward and backward of step `step` (0 is the first) and its synchronization.
 
@@ -94,6 +98,7 @@ def take_step(
     slow = previous.slowest_s > SLOW_STEP_S
     error: BaseException | None = None
     losses: list[torch.Tensor] = []
+    sync.parts.begin(measure=noise.due())
     for k in range(plan.accumulation):
         if slow:
             asked, failed = votes.sum(float(stop()), float(ballot.trouble != FINE))
@@ -116,6 +121,7 @@ def take_step(
                 loss.backward()
             losses.append(loss.detach())
             ballot.tokens.append(int((batch.labels[:, 1:] != NO_LABEL).sum()))
+            sync.parts.after(k + 1, plan.accumulation, sync.local_gradients())
         except Exception as caught:
             if not sync.can_give_up:
                 raise
@@ -128,8 +134,10 @@ def take_step(
     with clock("compute"):  # on a GPU this is where the backward pass is waited for
         ballot.losses = [float(loss) for loss in losses]
     ballot.stop = stop()
-    values = sync.finish(*pack(ballot, votes.rank, votes.size, plan.micro_batches))
-    return Taken(unpack(values, votes.size, plan.micro_batches), error)
+    vote = pack(ballot, votes.rank, votes.size, plan.micro_batches)
+    values = sync.finish(*vote, *noise.told())
+    noise.hear(values[len(vote) :])
+    return Taken(unpack(values, votes.size, plan.micro_batches), error, ballot.tokens)
 
 
 def find_culprit(step: int, feed: Feed, loss_sum: LossSum, sync: Strategy, votes: Group) -> str:
