@@ -9,17 +9,22 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
-PHASES = (
-    "compute", "communication", "waiting", "data", "optimizer", "checkpoint", "evaluation", "other",
+STEP_PHASES = (
+    "compute", "recomputation", "communication", "waiting", "imbalance", "data", "optimizer", "other",
 )  # fmt: skip
-"""compute: forward and backward; communication: exposed, this rank computes nothing meanwhile;
-waiting: for a slower rank; other: logging, digests, the loop itself."""
+"""Of a step. compute: forward and backward; recomputation: forward again, in the backward pass;
+communication: exposed, this rank computes nothing meanwhile; waiting: for a slower rank; imbalance: for a
+rank that was given more; other: logging, digests, the loop itself."""
+PHASES = (*STEP_PHASES[:-1], "checkpoint", "evaluation", "other")
+"""Those between steps too, in the order in which they are shown."""
 
 
 class Clock:
     """Seconds by phase, since `restart`. Not thread-safe: one clock belongs to one thread."""
 
     def __init__(self) -> None:
+        self.born = time.time()
+        """What the time of day was when this clock was made."""
         self.seconds: dict[str, float] = defaultdict(float)
         self.spans: list[tuple[str, float, float]] | None = None
         """While this is a list, every stretch is noted: (phase, began, ended), time.perf_counter()."""
@@ -38,6 +43,11 @@ class Clock:
     def phase(self) -> str:
         """The present one; any thread may ask."""
         return self._phase
+
+    @property
+    def since(self) -> float:
+        """When the present stretch began, or was last read: time.perf_counter()."""
+        return self._since
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
