@@ -40,20 +40,13 @@ def advise(
 
     `memory`: what is known of it, for what would need more.
     """
-    rows = [
-        {
-            "phase": {
-                "slow rank": "waiting",
-                "slow loader": "data",
-                "uneven load": "imbalance",
-            }.get(b.kind, "communication"),
-            "what": f"{b.kind}{'' if b.rank is None else f', rank {b.rank}'}",
-            "share": b.cost,
-            "gain": b.gain,
-            "do": _against(b, config, plan),
-        }
-        for b in blames
-    ]
+    rows: list[dict[str, Any]] = []
+    told: dict[str, str] = {}
+    for b in blames:
+        phase, do = PHASE_OF[b.kind], _against(b, config, plan)
+        what = b.kind if b.rank is None else f"{b.kind}, rank {b.rank}"
+        rows.append({"phase": phase, "what": what, "share": b.cost, "gain": b.gain, "do": do})
+        told.setdefault(phase, f"see {what}")
     for phase, share in shares.items():
         gain = gain_without(phase, shares)
         if gain is not None and share >= LEAST:
