@@ -46,7 +46,8 @@ def advise(
         phase, do = PHASE_OF[b.kind], _against(b, config, plan)
         what = b.kind if b.rank is None else f"{b.kind}, rank {b.rank}"
         rows.append({"phase": phase, "what": what, "share": b.cost, "gain": b.gain, "do": do})
-        told.setdefault(phase, f"see {what}")
+        for covered in {phase, "data"} if b.kind == "slow loader" else {phase}:
+            told.setdefault(covered, f"see {what}")
     for phase, share in shares.items():
         gain = gain_without(phase, shares)
         if gain is not None and share >= LEAST:

@@ -47,6 +47,8 @@ MEANING = {
     "evaluation": "on the held-out split",
     "other": "logging, checks, the loop",
 }
+RARE = ("recomputation", "imbalance")
+"""Phases that are shown only where there is any."""
 Row = dict[str, Any]
 
 
@@ -349,6 +351,7 @@ def _time(rows: list[Row], receipt: Row) -> Row | None:
                 else None,
             }
             for p, s in seconds.items()
+            if s or p not in RARE
         ],
         "by_rank": _by_rank(by_rank),
     }
