@@ -22,6 +22,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from statistics import mean, median, median_low
 from typing import Literal
 
@@ -219,7 +220,8 @@ class Suspects:
             self._pause_s = min(2 * self._pause_s, CHECK_LONGEST_S)
             blame = None
         self._links.append(blame)
-        if blame is not None and len(self._links) > 1 and _alike(self._links[-2], blame):
+        same = self._links[-WINDOWS:]
+        if blame and len(same) == WINDOWS and all(_alike(b, blame) for b in same):
             self._next_look_s = self.seconds + self._pause_s
             self._pause_s = min(2 * self._pause_s, CHECK_LONGEST_S)
             return self._say(blame, step)
@@ -294,11 +296,15 @@ class Jumps:
         return "" if again else " and ".join(found)
 
     def _usual(self, values: deque[float]) -> tuple[float, float]:
-        """Median and spread (1.4826 median deviations, a normal's sigma); infinite while unknown."""
+        """Median of the newest, and spread; infinite while unknown.
+
+        The spread is that of the differences from step to step (1.4826 median deviations are a
+        normal's sigma), so that a loss that falls has no more of it.
+        """
         if len(values) < self.least:
             return 0.0, math.inf
-        middle = median(values)
-        return middle, 1.4826 * median(abs(v - middle) for v in values)
+        ordered = list(values)
+        return median(ordered[-NEWEST:]), 1.4826 * median(abs(b - a) for a, b in pairwise(ordered))
 
     def _keep(self, values: deque[float], value: float | None) -> None:
         if value is not None and math.isfinite(value):
@@ -308,5 +314,6 @@ class Jumps:
 
 
 SPREADS = 8.0
+NEWEST = 9
 LEAST_RISE, LEAST_RATIO = 0.1, 3.0
 """Of the loss as a share of it, and of the gradient norm; a run that is calm has little spread."""
