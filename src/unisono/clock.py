@@ -23,8 +23,6 @@ class Clock:
     """Seconds by phase, since `restart`. Not thread-safe: one clock belongs to one thread."""
 
     def __init__(self) -> None:
-        self.born = time.time()
-        """What the time of day was when this clock was made."""
         self.seconds: dict[str, float] = defaultdict(float)
         self.spans: list[tuple[str, float, float]] | None = None
         """While this is a list, every stretch is noted: (phase, began, ended), time.perf_counter()."""

@@ -199,7 +199,7 @@ class Log:
             self._hooks = time_recomputation(job.model, job.ledger.clock)
         self._sessions: goodput.Sessions | None = None
         if job.world.is_main:
-            born, step = job.ledger.clock.born, self.first_step
+            born, step = job.ledger.born, self.first_step
             self._sessions = goodput.Sessions(job.run, born, step, metrics.FILE)
         self._samples = sample_ledger.Ledger(job.run / SAMPLES, job.world.rank)
         report_to = job.config.report_to

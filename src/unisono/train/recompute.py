@@ -4,7 +4,9 @@ Exact where the processor computes. A GPU is only handed its work there; for it 
 share of the operations instead (observe/receipt.py).
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,32 +14,28 @@ from torch import nn
 
 from unisono.clock import Clock
 
+CHECKPOINT = "_gradient_checkpointing_func"
+"""What transformers' layers call with their forward pass."""
+
 
 def time_recomputation(model: nn.Module, clock: Clock) -> ExitStack:
     """Charge it to the phase `recomputation` from now on; closing what is returned ends that."""
-    hooks = ExitStack()
-    entered: list[Any] = []
-
-    def before(*_: object) -> None:
-        # -1 outside of a backward pass.
-        inside = torch._C._current_graph_task_id() != -1
-        entered.append(clock("recomputation") if inside else None)
-        if inside:
-            entered[-1].__enter__()
-
-    def after(*_: object) -> None:
-        phase = entered.pop()
-        if phase is not None:
-            phase.__exit__(None, None, None)
-
+    restored = ExitStack()
     for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False) is True and is_layer(module):
-            hooks.callback(module.register_forward_pre_hook(before).remove)
-            # Always: the second forward pass is left by an exception once nothing more is needed.
-            hooks.callback(module.register_forward_hook(after, always_call=True).remove)
-    return hooks
+        checkpoint = getattr(module, CHECKPOINT, None)
+        if checkpoint is not None:
+            setattr(module, CHECKPOINT, partial(_checkpoint, clock, checkpoint))
+            restored.callback(setattr, module, CHECKPOINT, checkpoint)
+    return restored
 
 
-def is_layer(module: nn.Module) -> bool:
-    """What transformers checkpoints: a layer, not the model that holds the layers."""
-    return any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
+def _checkpoint(
+    clock: Clock, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kw: Any
+) -> Any:
+    def timed(*args: Any, **kw: Any) -> Any:
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+            return forward(*args, **kw)
+        with clock("recomputation"):
+            return forward(*args, **kw)
+
+    return checkpoint(timed, *args, **kw)
