@@ -111,7 +111,7 @@ def test_blame_comes_with_advice_that_covers_its_line() -> None:
     assert rows["waiting"]["do"] == "see slow rank, rank 3"
     assert rows["data"]["do"] == "see slow loader, rank 1"
     text = shown(replace(receipt(8), blame=blames, advice=advice))
-    assert "slow rank: rank 3 computes 25% longer; costs 20% of the step time" in text
+    assert "slow rank: rank 3 computes 25% longer; costs 20% of the step" in text
     assert "see slow" not in text
 
 

@@ -66,7 +66,7 @@ class Blame:
         who = "every rank" if self.rank is None else f"rank {self.rank}{place}"
         if self.kind == "uneven load" and self.rank is None:
             who = "a different rank each step"
-        return f"{self.kind}: {who} {self.detail}; costs {self.cost:.0%} of the step time"
+        return f"{self.kind}: {who} {self.detail}; costs {self.cost:.0%} of the step"
 
 
 def judge(window: Sequence[Sequence[Period]]) -> Blame | None:
@@ -92,7 +92,7 @@ def _slow(steps: Sequence[Sequence[Period]], step_s: float) -> Blame | None:
         _own(ps[rank]) / max(ps[rank].work, 1.0) / max(o, 1e-30)
         for ps, o in zip(steps, others, strict=True)
     )
-    detail = f"computes {slower - 1:.0%} longer than the others for the same work"
+    detail = f"computes {slower - 1:.0%} longer for the same work"
     return Blame("slow rank", rank, cost_s / step_s, detail)
 
 

@@ -30,7 +30,7 @@ MEANING = {
     "recomputation": "forward again, for memory",
     "communication": "exposed, not hidden",
     "waiting": "for a slower replica",
-    "imbalance": "for a replica with more work",
+    "imbalance": "for one with more work",
     "data": "reading batches",
     "optimizer": "clip and update",
     "checkpoint": "writing to disk",
@@ -188,7 +188,7 @@ def render(receipt: Receipt) -> RenderableType:
     table = Table(box=None, show_header=True, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(no_wrap=True, justify="right")
-    table.add_column(no_wrap=True, min_width=20)
+    table.add_column(no_wrap=True, min_width=16)
     table.add_column("without", no_wrap=True, justify="right")
     table.add_column(no_wrap=True, style="dim")
     for phase in _shown(r):
@@ -258,7 +258,7 @@ def _notes(r: Receipt) -> list[str]:
     return [*notes, r.samples]
 
 
-def _bar(share: float, width: int = 20) -> Text:
+def _bar(share: float, width: int = 16) -> Text:
     eighths = round(share * width * 8)
     full, part = divmod(eighths, 8)
     return Text(

@@ -40,7 +40,7 @@ MEANING = {
     "recomputation": "forward again, for memory",
     "communication": "exposed: nothing else ran meanwhile",
     "waiting": "for a slower replica",
-    "imbalance": "for a replica with more work",
+    "imbalance": "for one with more work",
     "data": "reading batches",
     "optimizer": "clip and update",
     "checkpoint": "writing to disk",
