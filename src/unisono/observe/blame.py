@@ -60,7 +60,8 @@ class Blame:
     @property
     def gain(self) -> float:
         """Throughput without it, over throughput, minus 1."""
-        return self.cost / (1 - self.cost) if self.cost < 1 else math.inf
+        cost = min(self.cost, 0.99)
+        return cost / (1 - cost)
 
     def line(self, place: str = "") -> str:
         who = "every rank" if self.rank is None else f"rank {self.rank}{place}"

@@ -199,8 +199,9 @@ class Log:
             self._hooks = time_recomputation(job.model, job.ledger.clock)
         self._sessions: goodput.Sessions | None = None
         if job.world.is_main:
-            born, step = job.ledger.born, self.first_step
-            self._sessions = goodput.Sessions(job.run, born, step, metrics.FILE)
+            with self._disk_may_fail(goodput.FILE):
+                born, step = job.ledger.born, self.first_step
+                self._sessions = goodput.Sessions(job.run, born, step, metrics.FILE)
         self._samples = sample_ledger.Ledger(job.run / SAMPLES, job.world.rank)
         report_to = job.config.report_to
         self.metrics = Metrics(job.run, self.first_step, report_to) if job.world.is_main else None
