@@ -134,12 +134,12 @@ class Network:
             return f"tc cannot shape here: {getattr(error, 'stderr', '') or error}".strip()
         return None
 
-    def shape(self, bits_per_s: float | None) -> None:
-        """Every host sends at most at this rate from now on; None: as fast as it can."""
+    def shape(self, bits_per_s: float | None, host: int | None = None) -> None:
+        """Every host, or this one, sends at most at this rate from now on; None: as fast as it can."""
         if not self._namespaces:
             assert bits_per_s is None, self.why_unshaped
             return
-        for name in self._names:
+        for name in self._names if host is None else [self._names[host]]:
             qdisc = ("tc", "-n", name, "qdisc")
             if bits_per_s is None:
                 _run(*qdisc, "delete", "dev", CABLE, "root", check=False)

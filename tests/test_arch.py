@@ -99,7 +99,19 @@ DOWNWARDS = {
     "replicas": {"errors", "sync", "observe.watch", "observe.noise"},
     "plan": {"errors", "config", "world", "train.scaling"},
     "forecast": {"errors", "config", "forecast"},
-    "observe": {"errors", "clock", "files", "observe", "train.trial", "sync.ledger", "sync.board"},
+    "observe": {
+        "errors",
+        "clock",
+        "files",
+        "config",
+        "plan",
+        "forecast",
+        "observe",
+        "train.trial",
+        "sync.ledger",
+        "sync.board",
+        "sync.pairs",
+    },
 }
 """What each part may import of ours. `train`, `verify` and `cli` stand above all of it."""
 

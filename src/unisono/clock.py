@@ -9,11 +9,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
-PHASES = (
-    "compute", "communication", "waiting", "data", "optimizer", "checkpoint", "evaluation", "other",
+STEP_PHASES = (
+    "compute", "recomputation", "communication", "waiting", "imbalance", "data", "optimizer", "other",
 )  # fmt: skip
-"""compute: forward and backward; communication: exposed, this rank computes nothing meanwhile;
-waiting: for a slower rank; other: logging, digests, the loop itself."""
+"""Of a step. compute: forward and backward; recomputation: forward again, in the backward pass;
+communication: exposed, this rank computes nothing meanwhile; waiting: for a slower rank; imbalance: for a
+rank that was given more; other: logging, digests, the loop itself."""
+PHASES = (*STEP_PHASES[:-1], "checkpoint", "evaluation", "other")
+"""Those between steps too, in the order in which they are shown."""
 
 
 class Clock:
@@ -38,6 +41,11 @@ class Clock:
     def phase(self) -> str:
         """The present one; any thread may ask."""
         return self._phase
+
+    @property
+    def since(self) -> float:
+        """When the present stretch began, or was last read: time.perf_counter()."""
+        return self._since
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

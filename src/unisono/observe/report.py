@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unisono.clock import PHASES
+from unisono.clock import PHASES, STEP_PHASES
 from unisono.errors import UnisonoError
 from unisono.files import read_lines, readable_bytes, replacing
 
@@ -35,17 +35,20 @@ TIMELINE_BYTES = 110_000
 """Of timeline in a page, for each run; steps beyond that are left out, and the page says so."""
 MOST_RANKS = 64
 KNOWN = ("run.json", "plan.json", "metrics.jsonl", "receipt.json")
-STEP_PHASES = tuple(p for p in PHASES if p not in ("checkpoint", "evaluation"))
 MEANING = {
     "compute": "forward and backward",
+    "recomputation": "forward again, for memory",
     "communication": "exposed: nothing else ran meanwhile",
     "waiting": "for a slower replica",
+    "imbalance": "for one with more work",
     "data": "reading batches",
     "optimizer": "clip and update",
     "checkpoint": "writing to disk",
     "evaluation": "on the held-out split",
     "other": "logging, checks, the loop",
 }
+RARE = ("recomputation", "imbalance")
+"""Phases that are shown only where there is any."""
 Row = dict[str, Any]
 
 
@@ -348,6 +351,7 @@ def _time(rows: list[Row], receipt: Row) -> Row | None:
                 else None,
             }
             for p, s in seconds.items()
+            if s or p not in RARE
         ],
         "by_rank": _by_rank(by_rank),
     }

@@ -96,7 +96,7 @@ class Timeline:
             **_spans(spans, zero),
             **_collectives(entries, zero),
         }
-        return _gather(self._votes, row)
+        return gather(self._votes, row)
 
 
 def _spans(spans: list[tuple[str, float, float]], zero: float) -> dict[str, Any]:
@@ -133,7 +133,8 @@ def _collectives(entries: list[Entry], zero: float) -> dict[str, Any]:
     }
 
 
-def _gather(votes: Group, row: dict[str, Any]) -> list[dict[str, Any]]:
+def gather(votes: Group, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Collective: every rank's row, in order, on rank 0; none elsewhere."""
     text = json.dumps(row, separators=(",", ":")).encode()
     longest = int(votes.each(float(len(text))).max())
     mine = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)

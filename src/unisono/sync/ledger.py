@@ -100,6 +100,8 @@ class Ledger:
     """What this rank has communicated. Not thread-safe."""
 
     clock: Clock = field(default_factory=Clock)
+    born: float = field(default_factory=time.time)
+    """When the job began: seconds since 1970."""
     whereabouts: Whereabouts = field(default_factory=Whereabouts)
     entries: deque[Entry] = field(default_factory=lambda: deque(maxlen=4096))
     """The newest ones; totals below count all."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from unisono.errors import EXIT_FAILED, Elsewhere, UnisonoError
+from unisono.observe.arrival import Stamps
 from unisono.plan import with_micro_batch
 from unisono.train.job import Job, memory_advice
 from unisono.train.schedule import factor
-from unisono.train.step import Previous, find_culprit, take_step
+from unisono.train.step import find_culprit, take_step
 from unisono.train.vote import OUT_OF_MEMORY, Outcome
 
 SKIPS_IN_A_ROW = 10
@@ -26,10 +27,10 @@ class Advanced:
     """Nothing was changed but the plan: take the same step again."""
 
 
-def advance(job: Job, previous: Previous | None = None) -> Advanced | None:
+def advance(job: Job, stamps: Stamps | None = None) -> Advanced | None:
     """Collective: gradients and update of the next step; None if given up for a signal.
 
-    The caller counts the step. Raises on every rank when any rank failed.
+    The caller counts the step, and keeps `stamps` from step to step. Raises on every rank when any rank failed.
     """
     config, plan, step = job.config, job.plan, job.progress.step
     taken = take_step(
@@ -39,7 +40,7 @@ def advance(job: Job, previous: Previous | None = None) -> Advanced | None:
         job.sync,
         job.votes,
         stop=job.stop.is_asked,
-        previous=previous or Previous(),
+        stamps=stamps or Stamps(job.ledger.clock),
         noise=job.noise,
     )
     if taken.outcome is None:
@@ -47,7 +48,6 @@ def advance(job: Job, previous: Previous | None = None) -> Advanced | None:
     if any(taken.outcome.trouble):
         _handle_trouble(job, taken.outcome, taken.error)
         return Advanced(taken.outcome, 0.0, 0.0, repeat=True)
-    _charge_waiting(job, taken.outcome)
     rate = plan.hyper.learning_rate * factor(
         config.lr_scheduler_type,
         step,
@@ -114,12 +114,3 @@ def _handle_trouble(job: Job, outcome: Outcome, error: BaseException | None) -> 
     gc.collect()
     if job.world.device != "cpu":
         torch.cuda.empty_cache()
-
-
-def _charge_waiting(job: Job, outcome: Outcome) -> None:
-    """Of the previous step's standing still, what the fastest rank had too is communication.
-
-    The rank that comes last waits only for the wire; what others waited beyond that, they waited
-    for it. This needs no common clock.
-    """
-    job.ledger.clock.move("waiting", "communication", min(outcome.waited_s))

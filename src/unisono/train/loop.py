@@ -18,15 +18,25 @@ from pathlib import Path
 import torch
 
 from unisono import __version__
-from unisono.clock import PHASES
+from unisono.clock import PHASES, STEP_PHASES
 from unisono.config import Config
 from unisono.data import ledger as sample_ledger
 from unisono.errors import CheckpointError, Stopped
 from unisono.files import JsonLines, RunLock, truncate_after, write_json
-from unisono.observe import timeline
+from unisono.observe import goodput, metrics, timeline
+from unisono.observe.account import RANKS, Account, bytes_in_use
+from unisono.observe.advice import advise
+from unisono.observe.arrival import Stamps
 from unisono.observe.environment import environment
+from unisono.observe.flops import Flops, count, find_peak
 from unisono.observe.metrics import Metrics
-from unisono.observe.receipt import STEP_PHASES, Receipt, make_receipt, render
+from unisono.observe.receipt import (
+    Receipt,
+    make_receipt,
+    render,
+    utilization,
+    with_recomputation,
+)
 from unisono.observe.screen import Screen, StepLine
 from unisono.observe.watch import watched
 from unisono.sync.digest import check_replicas
@@ -44,8 +54,8 @@ from unisono.train.job import (
     try_rows,
     weights_digest,
 )
+from unisono.train.recompute import time_recomputation
 from unisono.train.state import Weights, exhaust, publish_model, save_state
-from unisono.train.step import Previous
 from unisono.train.stopping import watching
 from unisono.train.together import attempt
 from unisono.train.trial import Baseline, measure_baseline
@@ -90,28 +100,32 @@ def take_steps(job: Job) -> Receipt:
     # What a former process logged beyond its last checkpoint goes before anybody appends.
     samples = job.run / SAMPLES
     attempt(job.votes, lambda: sample_ledger.truncate(samples, progress.step), world.is_main)
-    log = attempt(job.votes, lambda: Log(job))
+    clock, stamps = job.ledger.clock, Stamps(job.ledger.clock)
+    flops = count(job.model, config.gradient_checkpointing)
+    stamps.flops = flops.model
+    account = Account(job.votes, stamps, world.host, world.device, plan.sent_bytes_per_step)
+    log = attempt(job.votes, lambda: Log(job, account, flops))
     assert log is not None
-    clock = job.ledger.clock
+    stamps.slowest_s = baseline.alone_s * plan.accumulation if baseline else 0.0
     clock.restart()
+    stamps.began()
     job.stop.graceful = True
     job.screen.start_steps(progress.step, plan.max_steps)
-    previous = Previous(slowest_s=baseline.alone_s * plan.accumulation if baseline else 0.0)
     stopping = False
     while progress.step < plan.max_steps and not stopping:
-        began, waited_s = time.perf_counter(), clock.seconds["waiting"]
+        began = time.perf_counter()
         sent_bytes = job.ledger.sent_bytes
         recorded = progress.step + 1 in log.recorded
         if recorded:
             log.timeline.begin()
-        advanced = advance(job, previous)
+        advanced = advance(job, stamps)
         if advanced is None:  # a signal came in the middle of a slow step, which is given up
             stopping = True
             break
         if advanced.repeat:
             baseline = None  # it was of another micro-batch
             continue
-        step_s, waited_s = time.perf_counter() - began, clock.seconds["waiting"] - waited_s
+        step_s = time.perf_counter() - began
         log.sent_bytes += job.ledger.sent_bytes - sent_bytes
         if recorded:
             log.record(progress.step + 1)
@@ -123,6 +137,7 @@ def take_steps(job: Job) -> Receipt:
         stopping = advanced.outcome.stop and not last
         if config.check_replicas_every and step % config.check_replicas_every == 0:
             check_replicas(job.sync.replicated(), job.votes, step)
+        log.follow(advanced)
         log.step(advanced, step_s, final=last or stopping)
         if job.tuner and not job.tuner.done:
             _tune(job, log, advanced)
@@ -133,14 +148,13 @@ def take_steps(job: Job) -> Receipt:
         if step % plan.save_steps == 0 or better or last:
             with clock("checkpoint"):
                 _save(job, log)
-        previous = Previous(waited_s, step_s, slowest_s=advanced.outcome.step_s)
     job.screen.end_steps()
     if stopping:
         _stop(job, log)
     receipt = log.receipt(baseline)
     weights = job.sync.state_dict()
     digest = weights_digest(job, weights)
-    audited = attempt(job.votes, lambda: _finish(job, receipt, weights, digest), world.is_main)
+    audited = attempt(job.votes, lambda: _finish(job, log, receipt, weights, digest), world.is_main)
     log.close()
     return audited or receipt
 
@@ -166,9 +180,10 @@ class Log:
     A disk that is full costs rows, which is said once, and never the run.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, account: Account, flops: Flops) -> None:
+        self.job, self.account, self.flops = job, account, flops
         self.first_step, self.first_tokens = job.progress.step, job.progress.tokens
+        self.first_skipped = job.progress.skipped
         self.sent_bytes = 0
         """In steps: not for checkpoints, evaluation and the like."""
         self.loss: float | None = None
@@ -177,6 +192,16 @@ class Log:
         self._window = _Window()
         self._complained = False
 
+        name = device_name(job.world)
+        self.peak = find_peak(job.config, job.world.device, name, job.run)
+        self._hooks = ExitStack()
+        if job.config.gradient_checkpointing and job.world.device == "cpu":
+            self._hooks = time_recomputation(job.model, job.ledger.clock)
+        self._sessions: goodput.Sessions | None = None
+        if job.world.is_main:
+            with self._disk_may_fail(goodput.FILE):
+                born, step = job.ledger.born, self.first_step
+                self._sessions = goodput.Sessions(job.run, born, step, metrics.FILE)
         self._samples = sample_ledger.Ledger(job.run / SAMPLES, job.world.rank)
         report_to = job.config.report_to
         self.metrics = Metrics(job.run, self.first_step, report_to) if job.world.is_main else None
@@ -185,15 +210,16 @@ class Log:
             self.first_step, job.plan.max_steps, job.plan.eval_steps
         )
         self._rows: JsonLines | None = None
+        self._ranks: JsonLines | None = None
         if job.world.is_main:
-            facts = environment(
-                device=_device_name(job.world), replicas=job.world.size, unisono=__version__
-            )
+            facts = environment(device=name, replicas=job.world.size, unisono=__version__)
             write_json(job.run / ENVIRONMENT, facts)
             truncate_after(
                 job.run / timeline.FILE, lambda row: row.get("step", 0) <= self.first_step
             )
             self._rows = JsonLines(job.run / timeline.FILE)
+            truncate_after(job.run / RANKS, lambda row: row.get("step", 0) <= self.first_step)
+            self._ranks = JsonLines(job.run / RANKS)
 
     @contextmanager
     def _disk_may_fail(self, what: str) -> Iterator[None]:
@@ -216,12 +242,41 @@ class Log:
                 with self._disk_may_fail(timeline.FILE):
                     self._rows.append(row)
 
+    def follow(self, advanced: Advanced) -> None:
+        """Collective now and then: the time of all ranks, and what there is to say about the step."""
+        step, outcome = self.job.progress.step, advanced.outcome
+        lines = self.account.step(step, outcome.periods)
+        for line in (*lines, *self.account.jump(step, outcome.loss, advanced.gradient_norm)):
+            self.job.screen.warn(line)
+            self.write(event=line)
+
+    @property
+    def stepping_s(self) -> float:
+        """Seconds in steps that were not skipped, so far in this session."""
+        steps = max(1, self.job.progress.step - self.first_step)
+        skipped = (self.job.progress.skipped - self.first_skipped) / steps
+        return (1 - skipped) * sum(self.job.ledger.clock.read().get(p, 0.0) for p in STEP_PHASES)
+
+    def committed(self) -> None:
+        """The present step is on the disk."""
+        self.saved_step = self.job.progress.step
+        if self._sessions:
+            with self._disk_may_fail(goodput.FILE):
+                self._sessions.saved(self.saved_step, self.stepping_s)
+
+    def ended(self) -> goodput.Goodput | None:
+        """Rank 0: this session is over, nothing is lost."""
+        if self._sessions:
+            with self._disk_may_fail(goodput.FILE):
+                return self._sessions.ended(self.job.progress.step, self.stepping_s)
+        return None
+
     def sync(self) -> None:
         """The sample ledger is on the disk, as the checkpoint will be."""
         with self._disk_may_fail("the sample ledger"):
             self._samples.sync()
 
-    def write(self, **values: float) -> None:
+    def write(self, **values: float | str) -> None:
         """A row of metrics for the current step."""
         if self.metrics:
             with self._disk_may_fail("metrics.jsonl"):
@@ -248,13 +303,26 @@ class Log:
                 train__epoch=job.epoch,
                 perf__tokens_per_second=window.tokens / window.seconds,
                 perf__step_time_s=window.seconds / window.steps,
+                **self._use(window),
                 comm__exposed_fraction=spent["communication"] / total,
                 comm__waiting_fraction=spent["waiting"] / total,
                 **batch_advice.metrics(job.noise.scale(), plan, progress.tokens),
                 **{f"time__{p}_s": seconds for p, seconds in spent.items()},
             )
             self._window = _Window(phases_before=phases)
+            if self._ranks:
+                with self._disk_may_fail(RANKS):
+                    self._ranks.append(self.account.row(progress.step))
         self._live_line(phases)
+
+    def _use(self, window: _Window) -> dict[str, float]:
+        """Of memory, and of the peak where there is a known one."""
+        found = {"perf__memory_bytes": bytes_in_use(self.job.world.device)}
+        if self.peak.flops:
+            length = self.job.plan.sequence_length
+            done = self.flops.model(window.tokens // length, length) / window.seconds
+            found["perf__mfu"] = done / self.job.world.size / self.peak.flops
+        return found
 
     def _live_line(self, phases: dict[str, float]) -> None:
         job = self.job
@@ -274,28 +342,45 @@ class Log:
 
     def receipt(self, baseline: Baseline | None) -> Receipt:
         """Collective: where all ranks' time went, since the start of this process."""
-        job, progress = self.job, self.job.progress
+        job, progress, plan = self.job, self.job.progress, self.job.plan
+        memory = self.account.close()
         seconds = job.ledger.clock.read()
         table = job.votes.each(*(seconds.get(p, 0.0) for p in PHASES))
-        return make_receipt(
-            [dict(zip(PHASES, row, strict=True)) for row in table.tolist()],
-            device=_device_name(job.world),
+        by_rank = [dict(zip(PHASES, row, strict=True)) for row in table.tolist()]
+        rows, length = plan.global_batch_size, plan.sequence_length
+        model, hardware = self.flops.model(rows, length), self.flops.hardware(rows, length)
+        if job.world.device != "cpu":
+            by_rank = [with_recomputation(s, 1 - model / hardware) for s in by_rank]
+        blame = self.account.suspects.all()
+        receipt = make_receipt(
+            by_rank,
+            device=device_name(job.world),
             steps=progress.step - self.first_step,
             tokens=progress.tokens - self.first_tokens,
-            accumulation=job.plan.accumulation,
+            accumulation=plan.accumulation,
             baseline=baseline,
             sent_bytes=self.sent_bytes,
             final_loss=self.loss,
             eval_loss=self.eval_loss,
             skipped_steps=progress.skipped,
         )
+        return replace(
+            receipt,
+            mfu=utilization(receipt, model, hardware, self.peak),
+            memory_by_rank=memory,
+            blame=blame,
+            events=self.account.events,
+            advice=advise(receipt.shares, blame, job.config, plan),
+        )
 
     def close(self) -> None:
         self._samples.close()
         if self.metrics:
             self.metrics.close()
-        if self._rows:
-            self._rows.close()
+        for lines in (self._rows, self._ranks, self._sessions):
+            if lines:
+                lines.close()
+        self._hooks.close()
 
 
 # --- what is due between steps, and at the end
@@ -306,7 +391,7 @@ def _tune(job: Job, log: Log, advanced: Advanced) -> None:
     tuner, outcome = job.tuner, advanced.outcome
     assert tuner is not None
     before = tuner.bucket_mb
-    change = tuner.step(outcome.step_s, max(outcome.waited_s))
+    change = tuner.step(outcome.step_s, outcome.stood_s)
     if change:
         job.screen.say(f"step {job.progress.step}: {change}")
         log.write(comm__bucket_mb=change.to_mb, comm__bucket_gain=change.gain)
@@ -394,13 +479,14 @@ def _save(job: Job, log: Log) -> None:
 
     saved = attempt(job.votes, gather)
     if job.votes.sum(float(bool(saved)))[0]:
-        log.saved_step = progress.step
+        log.committed()
 
 
 def _stop(job: Job, log: Log) -> None:
     """Collective: commit what is done and say so."""
     if log.saved_step < job.progress.step:
         _save(job, log)
+    log.ended()
     log.close()
     done = f"step {job.progress.step} of {job.plan.max_steps}"
     if log.saved_step < job.progress.step:
@@ -413,10 +499,11 @@ def _stop(job: Job, log: Log) -> None:
     )
 
 
-def _finish(job: Job, receipt: Receipt, weights: Weights, digest: str) -> Receipt:
+def _finish(job: Job, log: Log, receipt: Receipt, weights: Weights, digest: str) -> Receipt:
     """Rank 0: the model at the root of the run folder, the receipt with the audit, a sample of text."""
     publish_model(job.run, job.model, job.tokenizer, weights)
-    receipt = replace(receipt, samples=_audit(job))
+    used = log.ended()
+    receipt = replace(receipt, samples=_audit(job), goodput=used.as_json() if used else None)
     advice = batch_advice.advise(job.noise.scale(), job.plan, job.config, job.progress.tokens)
     facts = {"step": job.progress.step, **receipt.as_json(), "digest": digest}
     facts["batch_advice"] = advice.as_json()
@@ -460,7 +547,7 @@ def _audit(job: Job) -> str:
     return f"sample ledger: {samples:,} samples, each exactly where the order has it"
 
 
-def _device_name(world: World) -> str:
+def device_name(world: World) -> str:
     if world.device != "cpu":
         return torch.cuda.get_device_name(world.device)
     name = platform.processor() or platform.machine()

@@ -9,6 +9,7 @@ import torch
 
 from unisono.data.blocks import NO_LABEL, Batch, Blocks
 from unisono.data.order import Order
+from unisono.observe.arrival import Stamps
 from unisono.observe.noise import Meter
 from unisono.plan import Plan
 from unisono.sync import Strategy
@@ -54,18 +55,6 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Previous:
-    """What the step before told about time; all zero before the first."""
-
-    waited_s: float = 0.0
-    """By this rank, for the others and the wire."""
-    step_s: float = 0.0
-    """Its wall time on this rank."""
-    slowest_s: float = 0.0
-    """The longest wall time of the step before it on any rank; the same on all ranks."""
-
-
-@dataclass(frozen=True)
 class Taken:
     """What became of a step on all ranks. `outcome` None: given up for a signal, nothing sent."""
 
@@ -84,7 +73,7 @@ def take_step(
     votes: Group,
     *,
     stop: Callable[[], bool],
-    previous: Previous,
+    stamps: Stamps,
     noise: Meter,
 ) -> Taken:
     """Collective: forward and backward of step `step` (0 is the first) and its synchronization.
@@ -93,9 +82,10 @@ def take_step(
     discarded, on every rank alike.
     """
     plan = feed.plan
-    ballot = Ballot(waited_s=previous.waited_s, step_s=previous.step_s)
+    ballot = Ballot(period=stamps.period)
     clock = sync.ledger.clock
-    slow = previous.slowest_s > SLOW_STEP_S
+    slow = stamps.slowest_s > SLOW_STEP_S
+    work = 0.0
     error: BaseException | None = None
     losses: list[torch.Tensor] = []
     sync.parts.begin(measure=noise.due())
@@ -116,6 +106,7 @@ def take_step(
             with clock("compute"), sync.micro_batch(last=k == plan.accumulation - 1):
                 with clock("data"):
                     batch = feed.batch(step, leaf)
+                work += stamps.flops(*batch.input_ids.shape)
                 torch.manual_seed(feed.seed_for(step, leaf))
                 loss = loss_sum(batch)
                 loss.backward()
@@ -135,9 +126,14 @@ def take_step(
         ballot.losses = [float(loss) for loss in losses]
     ballot.stop = stop()
     vote = pack(ballot, votes.rank, votes.size, plan.micro_batches)
+    stamps.arrived(work)
     values = sync.finish(*vote, *noise.told())
+    stamps.left()
     noise.hear(values[len(vote) :])
-    return Taken(unpack(values, votes.size, plan.micro_batches), error, ballot.tokens)
+    outcome = unpack(values, votes.size, plan.micro_batches)
+    stamps.slowest_s = outcome.step_s
+    stamps.settle(outcome.periods, votes.rank)
+    return Taken(outcome, error, ballot.tokens)
 
 
 def find_culprit(step: int, feed: Feed, loss_sum: LossSum, sync: Strategy, votes: Group) -> str:

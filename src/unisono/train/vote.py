@@ -2,13 +2,16 @@
 
 Every rank fills its own slots and leaves zeros elsewhere, so the sum is exact and the same bits on
 all ranks: the loss of each micro-batch (added afterwards in a fixed order), token counts, whether a
-signal asked for the end, whether somebody ran out of memory or failed, and how long each waited.
+signal asked for the end, whether somebody ran out of memory or failed, and where the time of its previous
+step went (observe/arrival.py).
 Ranks act on the sum only, never on what they know alone; that is how all skip, stop or repeat the
 same step.
 """
 
 import math
 from dataclasses import dataclass, field
+
+from unisono.observe.arrival import NAMES, Period, values_of
 
 FINE, OUT_OF_MEMORY, FAILED = 0, 1, 2
 
@@ -21,10 +24,8 @@ class Ballot:
     tokens: list[int] = field(default_factory=list)
     stop: bool = False
     trouble: int = FINE
-    waited_s: float = 0.0
-    """In the previous step; only then it is known."""
-    step_s: float = 0.0
-    """Wall time of the previous step."""
+    period: Period = field(default_factory=Period)
+    """Of the previous step; only now it is known."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,18 @@ class Outcome:
     stop: bool
     trouble: list[int]
     """By rank."""
-    waited_s: list[float]
-    """By rank, in the previous step."""
-    step_s: float
-    """The longest, of the previous step."""
+    periods: list[Period]
+    """By rank, of the previous step; of no length in the first."""
+
+    @property
+    def step_s(self) -> float:
+        """Of the previous step, the longest of any rank."""
+        return max(p.step for p in self.periods)
+
+    @property
+    def stood_s(self) -> float:
+        """The longest that a rank stood still in the previous step."""
+        return max(p.stood for p in self.periods)
 
     @property
     def loss(self) -> float:
@@ -52,24 +61,23 @@ def pack(ballot: Ballot, rank: int, size: int, leaves: int) -> list[float]:
     """`leaves`: micro-batches of the global batch; each rank has leaves / size of them."""
     mine = leaves // size
     start = rank * mine
-    values = [0.0] * (2 * leaves + 4 * size)
+    values = [0.0] * (2 * leaves + (2 + len(NAMES)) * size)
     values[start : start + len(ballot.losses)] = ballot.losses
     values[leaves + start : leaves + start + len(ballot.tokens)] = map(float, ballot.tokens)
-    own = [float(ballot.stop), float(ballot.trouble), ballot.waited_s, ballot.step_s]
+    own = [float(ballot.stop), float(ballot.trouble), *values_of(ballot.period)]
     for k, value in enumerate(own):
         values[2 * leaves + k * size + rank] = value
     return values
 
 
 def unpack(values: list[float], size: int, leaves: int) -> Outcome:
-    stop, trouble, waited, step = (
-        values[2 * leaves + k * size : 2 * leaves + (k + 1) * size] for k in range(4)
+    stop, trouble, *spent = (
+        values[2 * leaves + k * size : 2 * leaves + (k + 1) * size] for k in range(2 + len(NAMES))
     )
     return Outcome(
         losses=values[:leaves],
         tokens=int(sum(values[leaves : 2 * leaves])),
         stop=any(stop),
         trouble=[int(t) for t in trouble],
-        waited_s=waited,
-        step_s=max(step),
+        periods=[Period(*own) for own in zip(*spent, strict=True)],
     )
