@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from unisono.config import Config, parse
 from unisono.errors import ConfigError
+from unisono.observe.arrival import NAMES, Period
 from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan, with_micro_batch
 from unisono.train.scaling import Hyper, scale, warmup_steps
 from unisono.train.schedule import factor
@@ -366,8 +367,7 @@ def test_votes_add_up_to_every_ranks_part(size: int, accumulation: int, data) ->
             ),
             stop=data.draw(st.booleans()),
             trouble=data.draw(st.sampled_from([FINE, FAILED])),
-            waited_s=data.draw(st.floats(0, 100)),
-            step_s=data.draw(st.floats(0, 100)),
+            period=Period(*data.draw(st.lists(number, min_size=len(NAMES), max_size=len(NAMES)))),
         )
         for _ in range(size)
     ]
@@ -377,8 +377,8 @@ def test_votes_add_up_to_every_ranks_part(size: int, accumulation: int, data) ->
     assert outcome.tokens == sum(t for b in ballots for t in b.tokens)
     assert outcome.stop == any(b.stop for b in ballots)
     assert outcome.trouble == [b.trouble for b in ballots]
-    assert outcome.waited_s == [b.waited_s for b in ballots]
-    assert outcome.step_s == max(b.step_s for b in ballots)
+    assert outcome.periods == [b.period for b in ballots]
+    assert outcome.step_s == max(b.period.step for b in ballots)
 
 
 def test_a_rank_that_failed_half_way_spoils_nobody_elses_slots() -> None:
@@ -398,4 +398,4 @@ def test_loss_is_the_mean_over_target_tokens_and_not_over_ranks() -> None:
         )
     ]
     assert unpack(values, 2, 2).loss == 3.0
-    assert math.isnan(unpack([0.0] * 12, 2, 2).loss)
+    assert math.isnan(unpack([0.0] * len(values), 2, 2).loss)
