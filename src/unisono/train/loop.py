@@ -7,7 +7,6 @@ between ranks is decided from the step's vote, never from what one rank knows.
 
 import json
 import math
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,7 +23,7 @@ from unisono.data import ledger as sample_ledger
 from unisono.errors import CheckpointError, Stopped
 from unisono.files import JsonLines, RunLock, truncate_after, write_json
 from unisono.observe import timeline
-from unisono.observe.environment import environment
+from unisono.observe.environment import device_name, environment
 from unisono.observe.metrics import Metrics
 from unisono.observe.receipt import STEP_PHASES, Receipt, make_receipt, render
 from unisono.observe.screen import Screen, StepLine
@@ -457,14 +456,7 @@ def _audit(job: Job) -> str:
 
 
 def _device_name(world: World) -> str:
+    name = device_name(world.device)
     if world.device != "cpu":
-        return torch.cuda.get_device_name(world.device)
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
+        return name
     return f"{name}, {world.threads} {'thread' if world.threads == 1 else 'threads'} a replica"
