@@ -119,6 +119,10 @@ class ModelTimes(_Value):
     forward_s: float = Positive
     backward_s: float = Positive
     optimizer_s: float = Field(ge=0, allow_inf_nan=False)
+    pack_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """To copy every gradient into a flat buffer, tensor by tensor, as buckets are filled."""
+    pack_narrow_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Likewise into one of bfloat16."""
     peak_memory_bytes: int = Field(ge=0)
     """Of the process (GPU: of the device), weights, gradients and whole optimizer state included."""
     base_memory_bytes: int = Field(0, ge=0)

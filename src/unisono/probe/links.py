@@ -5,7 +5,7 @@ input, an all-gather's result, what a rank hands in to an all-to-all; algbw = S 
 times 2 (n-1)/n for an all-reduce and (n-1)/n for the others. t is the slowest rank's time, the median
 of repetitions that each begin at a barrier. (nccl-tests averages repetitions that follow each other.)
 
-The fit is T = latency + factor(n) S / B by least squares of relative errors, since sizes span four
+The fit is T = latency + factor(n) S / B by least absolute relative deviations, since sizes span four
 orders of magnitude. A size is left out once the one before says that it would take MOST_S.
 """
 
@@ -21,11 +21,12 @@ from unisono.sync.ledger import Group, Handle
 
 SIZES = tuple(4096 * 4**k for k in range(8))
 """4 KiB to 64 MiB."""
-MOST_S = 1.2
+MOST_S = 1.5
 """What one collective may take."""
 BUDGET_S = 0.35
 """For the repetitions of one size."""
 REPEATS = 9
+ROUNDS = 20
 PAIR_BYTES = 4 << 20
 SLOW = 0.7
 """Of the median: below it a pair of hosts or a rank is named."""
@@ -54,14 +55,12 @@ def time_collectives(
     Times are the slowest rank's of the whole world.
     """
     found: list[Timing] = []
-    notes: list[str] = []
+    left_out: dict[str, str] = {}
     for collective, factor in FACTOR.items():
         last_s = 0.0
         for size in SIZES:
             if 4 * last_s > MOST_S:  # four times the bytes
-                notes.append(
-                    f"{axis}: no {_dashed(collective)} above {found[-1].bytes >> 20} MiB, it took {last_s:.2g} s"
-                )
+                left_out[_dashed(collective)] = f"{found[-1].bytes >> 20} MiB"
                 break
             last_s = _seconds(start(group, collective, size, device), world, device)
             algbw = size / last_s
@@ -71,7 +70,10 @@ def time_collectives(
                     seconds=last_s, algbw_GBps=algbw / 1e9, busbw_GBps=algbw * factor(group.size) / 1e9,
                 )
             )  # fmt: skip
-    return found, notes
+    sizes = ", ".join(f"{name} at {size}" for name, size in left_out.items())
+    return found, [
+        f"{axis}: sizes end where the link is too slow for more: {sizes}"
+    ] if sizes else []
 
 
 def _seconds(begin: Callable[[], Handle], world: Group, device: str) -> float:
@@ -101,22 +103,33 @@ def fit(timings: Sequence[Timing], nodes: int) -> list[LinkFit]:
 
 
 def _fit_one(collective: str, axis: str, rows: Sequence[Timing], nodes: int) -> LinkFit:
-    """Weighted least squares for T = a + b S with weights 1/T^2, both at least 0."""
-    w = [1 / t.seconds**2 for t in rows]
+    """Least absolute relative deviations of T = a + b S, by least squares that are weighted anew.
+
+    A single disturbed size then does not move the line.
+    """
     x = [t.bytes * FACTOR[collective](t.ranks) for t in rows]
     y = [t.seconds for t in rows]
+    weights = [1 / t**2 for t in y]
+    for _ in range(ROUNDS):
+        latency, slope = _line(weights, x, y)
+        off = [abs(latency + slope * a - b) / b for a, b in zip(x, y)]
+        weights = [1 / b**2 / max(d, 0.01) for b, d in zip(y, off)]
+    return LinkFit(
+        collective=collective, axis=axis, ranks=rows[0].ranks, nodes=nodes,  # type: ignore[arg-type]
+        latency_s=latency, bytes_per_s=1 / slope, error=statistics.median(off),
+    )  # fmt: skip
+
+
+def _line(w: Sequence[float], x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Weighted least squares: (latency, slope), both at least 0."""
     total, sx, sy = sum(w), _dot(w, x), _dot(w, y)
     sxx, sxy = sum(c * a * a for c, a in zip(w, x)), sum(c * a * b for c, a, b in zip(w, x, y))
     spread = total * sxx - sx * sx
     slope = (total * sxy - sx * sy) / spread if spread > 0 else 0.0
     latency = (sy - slope * sx) / total
-    if slope <= 0 or latency < 0:  # too noisy, or no latency: through the origin
-        slope, latency = sxy / sxx, 0.0
-    error = statistics.median(abs(latency + slope * a - b) / b for a, b in zip(x, y))
-    return LinkFit(
-        collective=collective, axis=axis, ranks=rows[0].ranks, nodes=nodes,  # type: ignore[arg-type]
-        latency_s=latency, bytes_per_s=1 / slope, error=error,
-    )  # fmt: skip
+    if slope > 0 and latency >= 0:
+        return latency, slope
+    return 0.0, sxy / sxx  # too noisy, or no latency to see
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:

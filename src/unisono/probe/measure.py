@@ -1,7 +1,6 @@
 """All measurements of `unisono probe`, in order, on every rank: one Probe, the same on all of them."""
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -13,11 +12,11 @@ import torch
 from unisono.config import Config
 from unisono.errors import ConfigError
 from unisono.files import replacing
-from unisono.forecast.probe import ModelTimes, Probe, Timing
+from unisono.forecast.probe import Probe, Timing
 from unisono.observe.environment import device_name
 from unisono.observe.screen import Screen
 from unisono.probe import links, rates
-from unisono.probe.passes import held_bytes, own, pass_of, stand_in, time_model
+from unisono.probe.passes import Own, own, pass_of, stand_in, time_model
 from unisono.probe.sharing import measure_sharing
 from unisono.probe.show import show
 from unisono.sync.axes import axes, nodes_of
@@ -31,7 +30,12 @@ def run(config: Config | None, world: World, screen: Screen, output: Path) -> Pr
     with joined(world):
         began = time.perf_counter()
         votes = Group("probe", Ledger(), world.timeout_s)
-        probe = measure(config, world, votes, lambda what: screen.say(f"{what} ...", "dim"))
+        mine = None
+        if config is not None:
+            screen.say("data and model ...", "dim")
+            mine = own(config, world, votes)
+        mesh = _mesh(config, world.size)
+        probe = measure(mine, mesh, world, votes, lambda what: screen.say(f"{what} ...", "dim"))
 
         def save() -> None:
             try:
@@ -47,8 +51,14 @@ def run(config: Config | None, world: World, screen: Screen, output: Path) -> Pr
         return probe
 
 
-def measure(config: Config | None, world: World, votes: Group, say: Callable[[str], None]) -> Probe:
-    """Collective: about a minute. `say` is told what comes next, on rank 0."""
+def measure(
+    mine: Own | None,
+    mesh: tuple[int, int] | None,
+    world: World,
+    votes: Group,
+    say: Callable[[str], None],
+) -> Probe:
+    """Collective: everything but the user's data; `say` is told what comes next, on rank 0."""
     device = world.device
     say("matrix products and memory")
     votes.barrier()
@@ -63,17 +73,17 @@ def measure(config: Config | None, world: World, votes: Group, say: Callable[[st
     ]
     middle = table.median(dim=0).values.tolist()
 
-    times, run, pass_s = None, stand_in(device), math.nan
-    if config is not None:
+    times, run = None, stand_in(device)
+    if mine is not None:
         say("the model's own pass")
-        times, run = _model(config, world, votes, notes)
-    if times:
-        pass_s = times.forward_s + times.backward_s
+        times, run = time_model(mine, votes, device), pass_of(mine, device)
+    pass_s, speeds = _passes(run, votes)
+    notes += links.slow_ranks("speed of a pass", speeds)
+
     timings: list[Timing] = []
     fits, sharing, pairs = [], [], []
     nodes = nodes_of(votes, world.local_rank)
     if world.size > 1:
-        mesh = _mesh(config, world.size)
         for axis, group in axes(votes, nodes, mesh, Ledger(), world.timeout_s).items():
             say(f"collectives over {axis}, {group.size} ranks")
             found, left_out = links.time_collectives(group, axis, votes, device)
@@ -81,8 +91,6 @@ def measure(config: Config | None, world: World, votes: Group, say: Callable[[st
             notes += left_out
         fits = links.fit(timings, max(nodes) + 1)
         say("communication beside compute")
-        if math.isnan(pass_s):
-            pass_s = _seconds(run, votes)
         stream = Group("stream", Ledger(), world.timeout_s)
         sharing = measure_sharing(run, pass_s, stream, device)
         stream.close()
@@ -109,28 +117,17 @@ def measure(config: Config | None, world: World, votes: Group, say: Callable[[st
     )
 
 
-def _model(
-    config: Config, world: World, votes: Group, notes: list[str]
-) -> tuple[ModelTimes, Callable[[], None]]:
-    """Collective: the model's times, and its pass. A slow rank is named."""
-    base = held_bytes(world.device)
-    mine = own(config, world, votes)
-    found = time_model(mine, votes, world.device)
-    run = pass_of(mine, world.device)
-    rate = 1 / statistics.median(_one(run) for _ in range(3))
-    notes += links.slow_ranks("speed of the model's pass", votes.each(rate)[:, 0].tolist())
-    return found.model_copy(update={"base_memory_bytes": base}), run
+def _passes(run: Callable[[], None], votes: Group) -> tuple[float, list[float]]:
+    """Collective: seconds of a pass on the slowest rank, and passes a second of every rank."""
+    votes.barrier()
+    seconds = votes.each(statistics.median(_one(run) for _ in range(3)))[:, 0]
+    return float(seconds.max()), (1 / seconds).tolist()
 
 
 def _one(run: Callable[[], None]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
-
-
-def _seconds(run: Callable[[], None], votes: Group) -> float:
-    """Collective: of one pass, on the slowest rank."""
-    return float(votes.each(min(_one(run) for _ in range(3))).max())
 
 
 def _mesh(config: Config | None, ranks: int) -> tuple[int, int] | None:

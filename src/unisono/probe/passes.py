@@ -46,7 +46,9 @@ class Own:
     micro_batch: int
     sequence: int
     dtype: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool = False
+    base_memory_bytes: int = 0
+    """What this process held before it had the model."""
 
 
 def own(config: Config, world: World, votes: Group) -> Own:
@@ -54,11 +56,12 @@ def own(config: Config, world: World, votes: Group) -> Own:
 
     Set up as a run is, in a scratch folder. Raises UnisonoError as `train` does.
     """
+    base_bytes = held_bytes(world.device)
     with tempfile.TemporaryDirectory(prefix="unisono-probe-") as scratch:
         plain = config.model_copy(
             update={
                 "output_dir": scratch, "resume": "never", "sync": "exact", "mesh": None,
-                "shard_optimizer": False, "wire": "float32", "bucket_mb": 4.0, "report_to": (),
+                "shard_optimizer": False, "wire": "float32", "bucket_mb": 4.0, "probe": "none", "report_to": (),
             }
         )  # fmt: skip
         job = set_up(plain, world, Quiet(), Stop(), Ledger(), votes)
@@ -76,6 +79,7 @@ def own(config: Config, world: World, votes: Group) -> Own:
         config.sequence_length,
         "bf16" if config.bf16 else "fp32",
         config.gradient_checkpointing,
+        base_bytes,
     )
 
 
@@ -106,11 +110,15 @@ def time_model(mine: Own, group: Group, device: str) -> ModelTimes:
         if len(rows) >= LEAST_STEPS and spent_s > MOST_S:
             break
     peak = _peak_bytes(device, readable)
+    mine.loss().backward()
+    grads = [p.grad for p in params if p.grad is not None]
+    pack_s, narrow_s = (_pack_s(grads, dtype, device) for dtype in (None, torch.bfloat16))
+    mine.model.zero_grad()
     forward, backward, optimizer = (statistics.median(c) for c in zip(*rows, strict=True))
     whole = [sum(row) for row in rows]
     middle = statistics.median(whole)
     spread = (statistics.quantiles(whole, n=10)[-1] - middle) / middle
-    every = group.each(forward, backward, optimizer, spread, float(peak))
+    every = group.each(forward, backward, optimizer, spread, float(peak), pack_s, narrow_s)
     mean = every.mean(dim=0).tolist()
     slowest = group.each(*whole).amax(dim=0)
     return ModelTimes(
@@ -123,10 +131,27 @@ def time_model(mine: Own, group: Group, device: str) -> ModelTimes:
         forward_s=mean[0],
         backward_s=mean[1],
         optimizer_s=mean[2],
+        pack_s=mean[5],
+        pack_narrow_s=mean[6],
         peak_memory_bytes=int(every[:, 4].max()),
+        base_memory_bytes=mine.base_memory_bytes,
         waiting_s=max(0.0, float(slowest.median()) - sum(mean[:3])),
         spread=max(0.0, mean[3]),
     )
+
+
+def _pack_s(gradients: list[torch.Tensor], dtype: torch.dtype | None, device: str) -> float:
+    """Median seconds to copy them all into flat memory of `dtype` (None: their own)."""
+    flats = [torch.empty(g.numel(), dtype=dtype or g.dtype, device=device) for g in gradients]
+    times = []
+    for _ in range(6):
+        synchronize(device)
+        began = time.perf_counter()
+        for flat, gradient in zip(flats, gradients, strict=True):
+            flat.copy_(gradient.reshape(-1))
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
 
 
 def pass_of(mine: Own, device: str) -> Callable[[], None]:

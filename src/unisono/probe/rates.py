@@ -59,10 +59,10 @@ def _flops(dtype: torch.dtype, device: str) -> float:
     return best
 
 
-def memory_bytes_per_s(device: str) -> float:
-    """Bytes read and written by a copy, per second."""
+def memory_bytes_per_s(device: str, most_bytes: int = COPY_BYTES) -> float:
+    """Bytes read and written by a copy of up to `most_bytes`, per second."""
     most = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
-    size = min(COPY_BYTES, int(most) // 64)
+    size = min(most_bytes, int(most) // 64)
     source = torch.zeros(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / best_s(lambda: target.copy_(source), device, 5)

@@ -32,7 +32,7 @@ from unisono.sync.digest import check_replicas
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.zero import Zero
-from unisono.train import checkpoint, tuning
+from unisono.train import checkpoint, foretell, tuning
 from unisono.train.advance import Advanced, advance
 from unisono.train.evaluation import evaluate
 from unisono.train.job import (
@@ -86,6 +86,7 @@ def take_steps(job: Job) -> Receipt:
         job.votes,
         world.device,
     )
+    forecast = _forecast(job, baseline)
     # What a former process logged beyond its last checkpoint goes before anybody appends.
     samples = job.run / SAMPLES
     attempt(job.votes, lambda: sample_ledger.truncate(samples, progress.step), world.is_main)
@@ -139,7 +140,12 @@ def take_steps(job: Job) -> Receipt:
     receipt = log.receipt(baseline)
     weights = job.sync.state_dict()
     digest = weights_digest(job, weights)
-    audited = attempt(job.votes, lambda: _finish(job, receipt, weights, digest), world.is_main)
+    peak = int(job.votes.each(float(foretell.peak_memory_bytes(world.device))).max())
+
+    def finish() -> Receipt:
+        return _finish(job, receipt, weights, digest, forecast, peak)
+
+    audited = attempt(job.votes, finish, world.is_main)
     log.close()
     return audited or receipt
 
@@ -411,7 +417,28 @@ def _stop(job: Job, log: Log) -> None:
     )
 
 
-def _finish(job: Job, receipt: Receipt, weights: Weights, digest: str) -> Receipt:
+def _forecast(job: Job, baseline: Baseline | None) -> foretell.Forecast | None:
+    """Collective: what a step will take, written down before the first one."""
+    found = foretell.make_forecast(job, baseline)
+
+    def tell() -> None:
+        if isinstance(found, str):
+            job.screen.say(f"no forecast: {found}", "dim")
+            return
+        write_json(job.run / foretell.FILE, found.as_json())
+        if job.probe is not None:
+            write_json(job.run / "probe.json", job.probe.model_dump())  # for the report page
+        ms, rate = found.step.total * 1e3, found.tokens_per_second
+        job.screen.say(f"forecast: {ms:.4g} ms a step, {rate:,.0f} tokens/s", "dim")
+
+    attempt(job.votes, tell, job.world.is_main)
+    return None if isinstance(found, str) else found
+
+
+def _finish(
+    job: Job, receipt: Receipt, weights: Weights, digest: str,
+    forecast: foretell.Forecast | None, peak_bytes: int,
+) -> Receipt:  # fmt: skip
     """Rank 0: the model at the root of the run folder, the receipt with the audit, a sample of text."""
     publish_model(job.run, job.model, job.tokenizer, weights)
     receipt = replace(receipt, samples=_audit(job))
@@ -429,6 +456,10 @@ def _finish(job: Job, receipt: Receipt, weights: Weights, digest: str) -> Receip
         job.screen.say("\nSample", "bold")
         job.screen.say(text + "\n")
     job.screen.show(render(receipt))
+    if forecast is not None and receipt.steps:
+        facts = foretell.beside(forecast, receipt, peak_bytes, job.config.sync == "ddp")
+        write_json(job.run / foretell.FILE, facts)
+        job.screen.say(foretell.in_words(facts), "dim")
     job.screen.say(f"model, metrics and receipt: {job.run}; as a page: unisono report {job.run}")
     return receipt
 
