@@ -6,14 +6,16 @@ timed without any communication, with as many ranks on a core as in the run. Fro
 plan's own rules, each step is foretold (forecast/replay.py), before it is taken. Nothing is fitted to a
 step that was measured.
 
-    python benchmarks/grid.py probe|ranks N ...     a part; results are added to benchmarks/results/grid.json
-    python benchmarks/grid.py score                 median and worst errors of what is there
+    python benchmarks/grid.py 1 2 4 [--rates 1g ...]   measured, and added to benchmarks/results/grid.json
+    python benchmarks/grid.py                          only score what is there, with the code as it is
+    python benchmarks/grid.py --csv FILE               the same rows for benchmarks/forecast.py --runs
 
 Step times are medians over steps of the mean over ranks, after steps in which buckets and order settle.
 Bytes are the ledger's (DDP's: the counters of the interface). Memory is the peak of the whole process.
 """
 
 import argparse
+import csv
 import json
 import statistics
 import tempfile
@@ -25,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from links import Team, keep_freed_memory, launcher_environment, parse_rate
 from machine import machine
@@ -45,7 +46,6 @@ MODELS = {
 STRATEGIES = ("exact", "exact-bf16", "ddp", "sharded")
 WARM_UP, STEPS = 4, 5
 """Untimed: the first is watched, and memory that was returned meanwhile is taken again."""
-console = Console(highlight=False, width=150)
 
 
 def probe_rank(pipe: Any, job: Job, rank: int, size: int, interface: str, folder: Path, alone: bool) -> None:  # fmt: skip
@@ -163,6 +163,27 @@ def foretold(
     return found, name
 
 
+def memory_foretold(system: System, tensors: Tensors, alone: ModelTimes, ranks: int) -> float:
+    """Bytes of the whole process at its peak: the plain loop's, with another place for the state.
+
+    Buckets hold the gradients from step to step, also in the first step of `shards`.
+    """
+    size, n = 4 * tensors.total, ranks
+    if n == 1:
+        return alone.peak_memory_bytes
+    if system in ("ddp", "whole"):
+        received = size if system == "whole" and n > 2 else 0
+        return alone.peak_memory_bytes + size + received
+    if system == "shards":
+        own = (tensors.table + sum(tensors.sizes) / n) / tensors.total
+        received = size if n > 2 else 0
+        return alone.peak_memory_bytes + max(
+            size + received - 2 * size, 2 * size * (own - 1) + size
+        )
+    blocks = 2 * 4 * max(tensors.blocks)
+    return alone.peak_memory_bytes - 3 * size * (1 - 1 / n) + 4 * tensors.table + blocks
+
+
 # --- the measurement
 
 
@@ -213,31 +234,102 @@ def run(ranks: int, rates: Sequence[str], models: Sequence[str], strategies: Seq
 
 
 def one(
-    network: Network, rate: str, model: str, strategy: str, ranks: int, probe: Probe, alone: ModelTimes, known: dict
+    network: Network, rate: str, model: str, strategy: str, ranks: int, probe: Probe,
+    alone: ModelTimes, known: dict,
 ) -> None:  # fmt: skip
-    job = MODELS[model]
-    forecast, name = foretold(strategy, job, probe, alone, ranks, len(network.cores))
-    seen = measure(network, job, name if ranks > 1 else "alone")
+    """Foretell, then measure."""
+    cores = len(network.cores)
     row = {
         "ranks": ranks, "rate": rate if ranks > 1 else "", "model": model, "strategy": strategy,
-        "system": name,
-        "forecast": {
-            "step_s": forecast.total, "compute_s": forecast.compute, "waiting_s": forecast.waiting,
-            "communication_s": forecast.communication, "optimizer_s": forecast.optimizer,
-            "sent_bytes": forecast.sent_bytes,
-        },
-        "alone": alone.model_dump(),
-        "measured": seen,
-        "error": forecast.total / seen["step_s"] - 1,
+        "cores": cores, "alone": alone.model_dump(), "probe": rate,
     }  # fmt: skip
-    console.print(
-        f"{ranks} ranks {rate:8} {model} {name:18} foretold {forecast.total * 1e3:7.1f} ms "
-        f"(compute {forecast.compute * 1e3:.0f}, communication {forecast.communication * 1e3:.0f}), "
-        f"measured {seen['step_s'] * 1e3:7.1f} ms: {row['error']:+.1%}; bytes "
-        f"{forecast.sent_bytes / max(1, seen['sent_bytes']) - 1:+.3%}"
-    )
+    row |= forecast_of(row, probe)
+    row["measured"] = measure(network, MODELS[model], row["system"] if ranks > 1 else "alone")
+    show_row(row)
     same = ("ranks", "rate", "model", "strategy")
     known["rows"] = [r for r in known["rows"] if any(r[k] != row[k] for k in same)] + [row]
+
+
+def forecast_of(row: dict[str, Any], probe: Probe) -> dict[str, Any]:
+    """From the probe and the pass alone; what was measured is not looked at."""
+    job, alone, ranks = MODELS[row["model"]], ModelTimes(**row["alone"]), row["ranks"]
+    found, name = foretold(row["strategy"], job, probe, alone, ranks, row["cores"])
+    system = decided(row["strategy"], job, probe, alone, ranks)[0]
+    return {
+        "system": name,
+        "forecast": {
+            "step_s": found.total, "compute_s": found.compute, "waiting_s": found.waiting,
+            "communication_s": found.communication, "optimizer_s": found.optimizer,
+            "sent_bytes": found.sent_bytes,
+            "peak_bytes": memory_foretold(system, tensors_of(job), alone, ranks),
+        },
+    }  # fmt: skip
+
+
+def show_row(row: dict[str, Any]) -> None:
+    f, m = row["forecast"], row["measured"]
+    sent = f["sent_bytes"] / m["sent_bytes"] - 1 if row["ranks"] > 1 else 0.0
+    line = (
+        f"{row['ranks']} {row['rate']:8} {row['model']} {row['system']:18} foretold {f['step_s'] * 1e3:7.1f} ms "
+        f"(compute {f['compute_s'] * 1e3:.0f}, communication {f['communication_s'] * 1e3:.0f}), measured "
+        f"{m['step_s'] * 1e3:7.1f}: {f['step_s'] / m['step_s'] - 1:+.1%}; bytes {sent:+.3%}; peak "
+        f"{f['peak_bytes'] / m['peak_bytes'] - 1:+.1%}"
+    )
+    print(line, flush=True)
+
+
+def score(known: dict[str, Any]) -> dict[str, Any]:
+    """Absolute errors over all rows, and by number of ranks."""
+
+    def errors(rows: list[dict[str, Any]], what: str) -> dict[str, float]:
+        off = [
+            abs(r["forecast"][what] / r["measured"][what] - 1) for r in rows if r["measured"][what]
+        ]
+        return (
+            {"rows": len(off), "median": statistics.median(off), "worst": max(off)} if off else {}
+        )
+
+    rows = known["rows"]
+    several = [r for r in rows if r["ranks"] > 1]
+    ours = [r for r in several if r["system"] != "ddp"]  # DDP's are those of the interface
+    return {
+        "step_s": errors(rows, "step_s"),
+        **{f"step_s, {n} ranks": errors([r for r in rows if r["ranks"] == n], "step_s")
+           for n in sorted({r["ranks"] for r in rows})},
+        **{f"step_s, {s}": errors([r for r in several if r["strategy"] == s], "step_s")
+           for s in STRATEGIES},
+        "sent_bytes": errors(ours, "sent_bytes"),
+        "sent_bytes, ddp at the interface": errors([r for r in several if r["system"] == "ddp"], "sent_bytes"),
+        "peak_bytes": errors(rows, "peak_bytes"),
+    }  # fmt: skip
+
+
+def write_csv(known: dict[str, Any], path: Path) -> None:
+    """In the columns of the collection of published runs."""
+    with path.open("w", newline="") as file:
+        rows = [columns(row) for row in known["rows"]]
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def columns(row: dict[str, Any]) -> dict[str, Any]:
+    job, n, step_s = MODELS[row["model"]], row["ranks"], row["measured"]["step_s"]
+    heads = max(1, job.hidden // 64)
+    return {
+        "id": f"grid-{n}-{row['rate'] or 'alone'}-{row['model']}-{row['strategy']}",
+        "source": "unisono/benchmarks/grid.py", "model": f"llama-{row['model']}",
+        "n_layers": job.layers, "hidden": job.hidden, "n_heads": heads, "n_kv_heads": heads,
+        "ffn": job.hidden * 31 // 12, "vocab": job.vocab, "seq_len": job.sequence,
+        "gpu": "one core of a CPU" if n <= row["cores"] else "half a core", "gpu_count": n,
+        "gpus_per_node": 1, "inter_node_link": row["rate"], "precision": "fp32",
+        "strategy": "fsdp" if row["strategy"] == "sharded" else row["strategy"].replace("exact", "ddp exact"),
+        "dp": n, "micro_batch": job.batch, "global_batch_sequences": job.batch * n,
+        "step_time_s": step_s, "tokens_per_s_per_gpu": job.batch * job.sequence / step_s,
+        "forecast_step_time_s": row["forecast"]["step_s"],
+        "curve_id": f"grid-{row['rate']}-{row['model']}-{row['strategy']}", "domain": "llm",
+        "throughput_unit": "", "metric_scope": "steady_state",
+    }  # fmt: skip
 
 
 def save(known: dict) -> None:
@@ -248,16 +340,30 @@ def save(known: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ranks", type=int, nargs="*", help="1, 2, 4; none: only score")
+    parser.add_argument("--csv", type=Path)
     parser.add_argument("--rates", nargs="+", default=list(RATES))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"probes": {}, "rows": []}
-    known["machine"] = machine()
+    if asked.ranks:
+        known["machine"] = machine()
     for ranks in asked.ranks:
         run(ranks, asked.rates, asked.models, asked.strategies, known)
+    for row in known["rows"]:
+        row |= forecast_of(row, Probe(**known["probes"][row["probe"]]))
+        show_row(row)
+    known["rows"] = [{**row, "columns": columns(row)} for row in known["rows"]]
+    known["score"] = score(known)
+    for what, found in known["score"].items():
+        if found:
+            print(
+                f"{what:36} {found['rows']:3} rows  median {found['median']:.1%}  worst {found['worst']:.1%}"
+            )
     save(known)
+    if asked.csv:
+        write_csv(known, asked.csv)
 
 
 if __name__ == "__main__":
