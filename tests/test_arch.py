@@ -101,7 +101,7 @@ DOWNWARDS = {
     "forecast": {"errors", "config", "forecast"},
     "observe": {"errors", "clock", "files", "observe", "train.trial", "sync.ledger", "sync.board"},
 }
-"""What each part may import of ours. `train`, `verify` and `cli` stand above all of it."""
+"""What each part may import of ours. `train`, `probe`, `verify` and `cli` stand above all of it."""
 
 
 @pytest.mark.parametrize("part", DOWNWARDS)

@@ -239,6 +239,8 @@ def _data_parallel(
     mesh, k = run.mesh, run.accumulation
     if mesh.data == 1:
         return 0.0
+    if fabric.contention is not None:
+        c = replace(c, contention=fabric.contention)
     inner = mesh.tensor * mesh.context
     shard = wire(fabric, mesh.shard, inner)
     replica = wire(fabric, mesh.replica, inner * mesh.shard)

@@ -238,7 +238,10 @@ def fabric_of(probe: Probe, node_bytes_per_s: float | None, constants: Constants
         COLLECTIVES, Line(0.0, math.inf)
     )  # one rank has no link, and needs none
     inside = inside or outside or nothing
-    return Fabric(probe.per_node, inside, outside or inside, hop_s)
+    # Threads of a collective on the cores that compute: beside gloo nothing may be won by overlapping.
+    busy = [min(1.0, s.busy) for s in probe.sharing]
+    contention = sum(busy) / len(busy) if busy else None
+    return Fabric(probe.per_node, inside, outside or inside, hop_s, contention)
 
 
 def calibrated(probe: Probe, run: Run, counted: Work, at_probe: Work, layers: int) -> Work:
