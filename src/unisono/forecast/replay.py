@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from unisono.forecast.probe import FACTOR, Probe
+from unisono.forecast.probe import FACTOR, LinkFit, Probe, Sharing
 
 System = Literal["ddp", "whole", "shards", "sharded"]
 """sync: ddp; exact with whole gradients; exact with the optimizer on shards; sharded."""
@@ -389,9 +389,9 @@ def lanes_of(probe: Probe, ranks: int, per_core: float = 1.0) -> dict[str, Lane]
     Latencies are hops of a ring. On a core that r ranks share a transfer takes at least r times what it
     takes of a core; beside compute it gets an equal share of the core, at most.
     """
-    fits = {f.collective: f for f in probe.links if f.axis == "world"}
+    fits: dict[str, LinkFit] = {f.collective: f for f in probe.links if f.axis == "world"}
+    shared: dict[str, Sharing] = {s.collective: s for s in probe.sharing}
     found = {}
-    shared = {s.collective: s for s in probe.sharing}
     for name in FACTOR:
         f = fits.get(name) or fits["all_reduce"]
         hops = (ranks - 1) / (f.ranks - 1)

@@ -33,7 +33,10 @@ SLOW = 0.7
 
 
 def start(group: Group, collective: str, nbytes: int, device: str) -> Callable[[], Handle]:
-    """A function that sets one collective of `nbytes`, as nccl-tests count them, on its way."""
+    """A function that sets one collective of `nbytes`, as nccl-tests count them, on its way.
+
+    Collective is what it returns: every rank must call it alike.
+    """
     n = group.size
     count = max(1, nbytes // 4 // n)
     whole = torch.zeros(n * count, device=device)
