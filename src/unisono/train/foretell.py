@@ -2,7 +2,7 @@
 
 Known at the start are the plan, the link (a probe's, or the quick look that chose the buckets), and
 the pass: a probe of this very model and micro-batch, or the baseline that every run times without
-communication. forecast/replay.py makes a step of them. At the end the measurement is written beside it;
+communication (then what ranks wait for the slowest is the cost model's jitter). forecast/replay.py makes a step of them. At the end the measurement is written beside it;
 the forecast itself is never touched again.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from unisono.forecast.constants import DEFAULT
+from unisono.forecast.cost import slowest
 from unisono.forecast.probe import FACTOR, Probe
 from unisono.forecast.replay import (
     FAIR,
@@ -155,8 +156,16 @@ def _passes(
     both = baseline.together_s
     optimizer_s = (28 if config.optim == "adamw" else 16) * values / rate
     pack_s = 8 * values / rate
+    n, c = job.world.size, DEFAULT
+    waiting_s = slowest(n) * (c.jitter * plan.accumulation * both + c.jitter_s) if n > 1 else 0.0
     passes = Passes(
-        FORWARD * both, (1 - FORWARD) * both, optimizer_s, plan.accumulation, 0.0, pack_s, pack_s
+        FORWARD * both,
+        (1 - FORWARD) * both,
+        optimizer_s,
+        plan.accumulation,
+        waiting_s,
+        pack_s,
+        pack_s,
     )
     return passes, "micro-batches timed without communication at the start"
 
