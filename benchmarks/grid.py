@@ -6,7 +6,7 @@ timed without any communication, with as many ranks on a core as in the run. Fro
 plan's own rules, each step is foretold (forecast/replay.py), before it is taken. Nothing is fitted to a
 step that was measured.
 
-    python benchmarks/grid.py 1 2 4 [--rates 1g ...]   measured, and added to benchmarks/results/grid.json
+    python benchmarks/grid.py 1 2 4 [--rates 1g ...]   what is missing in benchmarks/results/grid.json
     python benchmarks/grid.py                          only score what is there, with the code as it is
     python benchmarks/grid.py --csv FILE               the same rows for benchmarks/forecast.py --runs
 
@@ -17,10 +17,13 @@ Bytes are the ledger's (DDP's: the counters of the interface). Memory is the pea
 import argparse
 import csv
 import json
+import os
+import signal
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from links import Team, keep_freed_memory, launcher_environment, parse_rate
+from links import Team, keep_freed_memory, launcher_environment, parse_rate, stop
 from machine import machine
 from network import Network, Worker, gather, remove_stale
 from peers import Job, adamw, loss_of
@@ -46,6 +49,20 @@ MODELS = {
 STRATEGIES = ("exact", "exact-bf16", "ddp", "sharded")
 WARM_UP, STEPS = 3, 5
 """Untimed: the first is watched, and memory that was returned meanwhile is taken again."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A row of the grid."""
+
+    ranks: int
+    rate: str
+    """Of the link; one rank has none."""
+    model: str
+    strategy: str
+
+
+SAME = ("ranks", "rate", "model", "strategy")
 
 
 def probe_rank(pipe: Any, job: Job, rank: int, size: int, interface: str, folder: Path, alone: bool) -> None:  # fmt: skip
@@ -72,8 +89,6 @@ def probe_rank(pipe: Any, job: Job, rank: int, size: int, interface: str, folder
 
 
 def enter(rank: int, size: int, interface: str, folder: Path) -> None:
-    import os
-
     keep_freed_memory()
     os.environ.update(launcher_environment(rank, size, interface))
     torch.set_num_threads(1)
@@ -212,42 +227,45 @@ def measure(network: Network, job: Job, name: str) -> dict[str, Any]:
     }
 
 
-def run(ranks: int, rates: Sequence[str], models: Sequence[str], strategies: Sequence[str], known: dict) -> None:  # fmt: skip
-    """Probe where there is no probe yet, foretell, then measure; rows replace older ones."""
+def run(combinations: Sequence[Combination], known: dict[str, Any], seconds: float) -> None:
+    """Measure what is missing, until `seconds` have passed. Each link is probed once, at two ranks."""
+    end = time.monotonic() + seconds
     remove_stale()
-    for rate in rates if ranks > 1 else rates[:1]:
-        for model in models:
-            job = MODELS[model]
-            if rate not in known["probes"]:
-                with Network(2) as network:
-                    network.shape(parse_rate(rate))
-                    known["probes"][rate] = ask(network, MODELS["4M"], alone=False)
-                save(known)
-            probe = Probe(**known["probes"][rate])
-            with Network(max(2, ranks)) as network:
-                network.hosts = ranks
+    have = {tuple(r[k] for k in SAME) for r in known["rows"]}
+    alone: dict[tuple[int, str], ModelTimes] = {}
+    for c in combinations:
+        rate = c.rate or RATES[0]
+        if (c.ranks, c.rate, c.model, c.strategy) in have:
+            continue
+        if time.monotonic() > end:
+            print("time is over; the same command again goes on", flush=True)
+            return
+        if rate not in known["probes"]:
+            with Network(2) as network:
                 network.shape(parse_rate(rate))
-                alone = ModelTimes(**ask(network, job, alone=True))
-                for strategy in strategies if ranks > 1 else ["exact"]:
-                    one(network, rate, model, strategy, ranks, probe, alone, known)
-                    save(known)
+                known["probes"][rate] = ask(network, MODELS["4M"], alone=False)
+            save(known)
+        with Network(max(2, c.ranks)) as network:
+            network.hosts = c.ranks
+            network.shape(parse_rate(rate))
+            if (c.ranks, c.model) not in alone:
+                alone[c.ranks, c.model] = ModelTimes(**ask(network, MODELS[c.model], alone=True))
+            one(network, c, Probe(**known["probes"][rate]), alone[c.ranks, c.model], known)
+        save(known)
 
 
 def one(
-    network: Network, rate: str, model: str, strategy: str, ranks: int, probe: Probe,
-    alone: ModelTimes, known: dict,
-) -> None:  # fmt: skip
+    network: Network, c: Combination, probe: Probe, alone: ModelTimes, known: dict[str, Any]
+) -> None:
     """Foretell, then measure."""
-    cores = len(network.cores)
-    row = {
-        "ranks": ranks, "rate": rate if ranks > 1 else "", "model": model, "strategy": strategy,
-        "cores": cores, "alone": alone.model_dump(), "probe": rate,
+    row: dict[str, Any] = {
+        **asdict(c), "cores": len(network.cores), "alone": alone.model_dump(),
+        "probe": c.rate or RATES[0],
     }  # fmt: skip
     row |= forecast_of(row, probe)
-    row["measured"] = measure(network, MODELS[model], row["system"] if ranks > 1 else "alone")
+    row["measured"] = measure(network, MODELS[c.model], row["system"] if c.ranks > 1 else "alone")
     show_row(row)
-    same = ("ranks", "rate", "model", "strategy")
-    known["rows"] = [r for r in known["rows"] if any(r[k] != row[k] for k in same)] + [row]
+    known["rows"].append(row)
 
 
 def forecast_of(row: dict[str, Any], probe: Probe) -> dict[str, Any]:
@@ -340,17 +358,26 @@ def save(known: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ranks", type=int, nargs="*", help="1, 2, 4; none: only score")
-    parser.add_argument("--csv", type=Path)
     parser.add_argument("--rates", nargs="+", default=list(RATES))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after so many")
+    parser.add_argument("--csv", type=Path)
     asked = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
     torch.set_num_threads(1)
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"probes": {}, "rows": []}
     if asked.ranks:
         known["machine"] = machine()
-    for ranks in asked.ranks:
-        run(ranks, asked.rates, asked.models, asked.strategies, known)
+    combinations = [
+        Combination(ranks, rate if ranks > 1 else "", model, strategy)
+        for ranks in asked.ranks
+        for model in asked.models
+        for rate in (asked.rates if ranks > 1 else [""])
+        for strategy in (asked.strategies if ranks > 1 else ["exact"])
+    ]
+    run(combinations, known, asked.seconds)
     for row in known["rows"]:
         row |= forecast_of(row, Probe(**known["probes"][row["probe"]]))
         show_row(row)

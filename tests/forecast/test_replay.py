@@ -105,6 +105,31 @@ def test_more_micro_batches_are_plain_compute_but_for_sharded() -> None:
     assert two - one == pytest.approx(4 * (2 * 800_000 - 200_000 + 100_000) / 2)
 
 
+def test_where_nothing_can_hide_all_of_it_is_exposed() -> None:
+    """One tensor: its weight comes before the forward pass, its gradient leaves after the backward."""
+    one = Tensors(sizes=(1_000_000,), blocks=(600_000,), table=0, tied=False)
+    for system, trips in (("whole", 2), ("ddp", 2), ("shards", 2)):
+        got = foretell(system, one, PASSES, lanes(FREE), 2, bucket_bytes=2**30)  # type: ignore[arg-type]
+        assert got.communication == pytest.approx(trips * 4 * 500_000 / 1e6, rel=1e-3), system
+    # Gathered: the root, the block; scattered: the block behind the root's backward pass, the root.
+    got = foretell("sharded", one, PASSES, lanes(FREE), 2)
+    assert got.communication == pytest.approx(4 * (400_000 + 600_000 + 600_000 + 400_000) / 2 / 1e6)
+
+
+def test_a_block_is_gathered_while_the_one_before_computes() -> None:
+    """In the forward pass 2 of 3 gathers hide, in the backward pass the one of the first block (the
+    last stays whole, the middle one hides half)."""
+    lane = Lane(0.0, 1e6)
+    three = Tensors(sizes=(250_000,) * 3, blocks=(250_000,) * 3, table=0, tied=False)
+    slow = Passes(3.0, 6.0, 0.0)
+    got = foretell("sharded", three, slow, lanes(lane), 2)
+    each = 4 * 250_000 / 2 / 1e6
+    assert got.communication == pytest.approx(2 * each), "the first gather and the last scatter"
+    uneven = Tensors(sizes=(250_000, 250_000, 2_000_000), blocks=(250_000, 250_000, 2_000_000), table=0, tied=False)  # fmt: skip
+    got = foretell("sharded", uneven, Passes(30.0, 60.0, 0.0), lanes(lane), 2)
+    assert got.sent_bytes == pytest.approx(2 * (2 * 2_500_000 - 2_000_000 + 2_500_000), abs=100)
+
+
 def probe(compute: float, transfer: float) -> Probe:
     fit = LinkFit(collective="all_reduce", axis="world", ranks=2, nodes=2, latency_s=1e-4, bytes_per_s=1e8)  # fmt: skip
     shared = Sharing(collective="all_reduce", ranks=2, message_bytes=1 << 20, bytes_per_s=1e8,
