@@ -232,7 +232,7 @@ def run(combinations: Sequence[Combination], known: dict[str, Any], seconds: flo
     end = time.monotonic() + seconds
     remove_stale()
     have = {tuple(r[k] for k in SAME) for r in known["rows"]}
-    alone: dict[tuple[int, str], ModelTimes] = {}
+    alone: dict[tuple[int, str, str], ModelTimes] = {}
     for c in combinations:
         rate = c.rate or RATES[0]
         if (c.ranks, c.rate, c.model, c.strategy) in have:
@@ -248,9 +248,11 @@ def run(combinations: Sequence[Combination], known: dict[str, Any], seconds: flo
         with Network(max(2, c.ranks)) as network:
             network.hosts = c.ranks
             network.shape(parse_rate(rate))
-            if (c.ranks, c.model) not in alone:
-                alone[c.ranks, c.model] = ModelTimes(**ask(network, MODELS[c.model], alone=True))
-            one(network, c, Probe(**known["probes"][rate]), alone[c.ranks, c.model], known)
+            if (c.ranks, c.model, rate) not in alone:
+                alone[c.ranks, c.model, rate] = ModelTimes(
+                    **ask(network, MODELS[c.model], alone=True)
+                )
+            one(network, c, Probe(**known["probes"][rate]), alone[c.ranks, c.model, rate], known)
         save(known)
 
 
