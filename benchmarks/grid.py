@@ -17,6 +17,7 @@ Bytes are the ledger's (DDP's: the counters of the interface). Memory is the pea
 import argparse
 import csv
 import json
+import math
 import os
 import signal
 import statistics
@@ -117,13 +118,20 @@ def ask(network: Network, job: Job, alone: bool) -> dict[str, Any]:
 # --- the forecast
 
 
-def tensors_of(job: Job) -> Tensors:
-    """As sync/ cuts the model: its tensors in the order of the forward pass, blocks, the tied table."""
+def tensors_of(job: Job, rows_of: int = 1) -> Tensors:
+    """As sync/ cuts the model: its tensors in the order of the forward pass, blocks, the tied table.
+
+    `rows_of`: ranks that share each tensor's rows, to whose multiples `sharded` fills them up.
+    """
     model = job.model()
     table = model.get_input_embeddings().weight
-    blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
-    sizes = [p.numel() for p in model.parameters() if p is not table]
-    return Tensors(tuple(sizes), tuple(blocks), table.numel(), tied=True)
+
+    def values(p: torch.Tensor) -> int:
+        return math.ceil(len(p) / rows_of) * rows_of * (p.numel() // len(p))
+
+    blocks = [sum(values(p) for p in layer.parameters()) for layer in model.model.layers]
+    sizes = [values(p) for p in model.parameters() if p is not table]
+    return Tensors(tuple(sizes), tuple(blocks), values(table), tied=True)
 
 
 def looked_up(job: Job, ranks: int, steps: Sequence[int]) -> list[int]:
@@ -172,7 +180,7 @@ def foretold(
     lanes = lanes_of(probe, ranks, max(1.0, ranks / cores))
     rows = statistics.mean(looked_up(job, ranks, range(WARM_UP - 1, WARM_UP + STEPS)))
     found = foretell(
-        system, tensors_of(job), passes, lanes, ranks, wire_bytes=wire, bucket_bytes=bucket,
+        system, tensors_of(job, ranks if system == "sharded" else 1), passes, lanes, ranks, wire_bytes=wire, bucket_bytes=bucket,
         rows=rows, width=job.hidden,
     )  # fmt: skip
     return found, name
@@ -265,9 +273,14 @@ def one(
         "probe": c.rate or RATES[0],
     }  # fmt: skip
     row |= forecast_of(row, probe)
-    row["measured"] = measure(network, MODELS[c.model], row["system"] if c.ranks > 1 else "alone")
+    row["measured"] = measure(network, MODELS[c.model], system_of(row))
     show_row(row)
     known["rows"].append(row)
+
+
+def system_of(row: dict[str, Any]) -> str:
+    """In peers.py; one rank is the plain loop, or FSDP2 that has nothing to send."""
+    return "alone" if row["ranks"] == 1 and row["strategy"] == "exact" else row["system"]
 
 
 def forecast_of(row: dict[str, Any], probe: Probe) -> dict[str, Any]:
@@ -377,7 +390,7 @@ def main() -> None:
         for ranks in asked.ranks
         for model in asked.models
         for rate in (asked.rates if ranks > 1 else [""])
-        for strategy in (asked.strategies if ranks > 1 else ["exact"])
+        for strategy in (asked.strategies if ranks > 1 else ["exact", "sharded"])
     ]
     run(combinations, known, asked.seconds)
     for row in known["rows"]:

@@ -22,7 +22,8 @@ from unisono.sync.ledger import Group, Handle
 
 MESSAGES = {"all_reduce": 4 << 20, "all_gather": 1 << 20, "all_to_all": 1 << 20}
 """Bytes that a rank owns of a message, near those of training's buckets and chunks."""
-MOST_MESSAGES = 64
+LEAST_MESSAGES, MOST_MESSAGES = 8, 64
+"""Fewer would go through a shaper's burst: 2 MiB at 100 Mbit/s seem to travel at 106."""
 REPEATS = 3
 SHARE = 0.7
 """Of the passes' time that the stream shall take."""
@@ -41,7 +42,7 @@ def measure_sharing(
             return [messages[i % len(messages)]() for i in range(count)]
 
         one_s = _alone(stream, 4, group, device) / 4
-        count = max(2, min(MOST_MESSAGES, round(SHARE * pass_s / one_s)))
+        count = max(LEAST_MESSAGES, min(MOST_MESSAGES, round(SHARE * pass_s / one_s)))
         passes = max(1, round(count * one_s / SHARE / pass_s))
         pairs, alone = [], []
         for _ in range(REPEATS):

@@ -190,15 +190,20 @@ def _tensors(job: Job) -> Tensors:
     tied = output is not None and output.weight is embedding
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     rest = [p for _, p in trained if p is not embedding]
-    table = embedding.numel() if len(rest) < len(trained) else 0
-    sizes = [p.numel() for p in rest]
+    table = len(embedding) * embedding.shape[1] if len(rest) < len(trained) else 0
+    over = (job.plan.mesh or (1, 1))[1]  # whose multiples FSDP fills rows up to
+
+    def values(p: torch.Tensor) -> int:
+        return -(-len(p) // over) * over * (p.numel() // len(p)) if p.dim() else 1
+
+    sizes = [values(p) for p in rest]
     if _system(job) == "shards" and not _is_table(job, embedding):
         sizes, table = [table, *sizes] if table else sizes, 0
     blocks: list[int] = []
     if job.config.sync == "sharded":
         from unisono.sync.sharded import find_blocks
 
-        blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(model)]
+        blocks = [sum(values(p) for p in b.parameters()) for b in find_blocks(model)]
     return Tensors(tuple(sizes), tuple(blocks), table, tied)
 
 
