@@ -2,7 +2,8 @@
 
 Hosts are network namespaces with a core each (network.py); four ranks are two on each core. For every
 link ONE probe at two ranks measures the link and what it takes from the compute; the model's pass is
-timed without any communication, with as many ranks on a core as in the run. From these alone, and the
+timed without any communication, with as many ranks on a core as in the run; FSDP2's own cost is the
+difference that it makes to one rank, which sends nothing. From these alone, and the
 plan's own rules, each step is foretold (forecast/replay.py), before it is taken. Nothing is fitted to a
 step that was measured.
 
@@ -34,7 +35,7 @@ import torch.distributed as dist
 
 from links import Team, keep_freed_memory, launcher_environment, parse_rate, stop
 from machine import machine
-from network import Network, Worker, gather, remove_stale
+from network import Failed, Network, Worker, gather, remove_stale
 from peers import Job, adamw, loss_of
 from unisono.forecast.probe import ModelTimes, Probe
 from unisono.forecast.replay import Foretold, Passes, System, Tensors, foretell, lanes_of
@@ -164,7 +165,13 @@ def decided(
 
 
 def foretold(
-    strategy: str, job: Job, probe: Probe, alone: ModelTimes, ranks: int, cores: int
+    strategy: str,
+    job: Job,
+    probe: Probe,
+    alone: ModelTimes,
+    ranks: int,
+    cores: int,
+    fsdp_s: float,
 ) -> tuple[Foretold, str]:
     """Before any step; and the name of the system in peers.py."""
     system, wire, bucket, name = decided(strategy, job, probe, alone, ranks)
@@ -176,6 +183,7 @@ def foretold(
         alone.waiting_s,
         alone.pack_s,
         alone.pack_narrow_s,
+        fsdp_s * max(1.0, ranks / cores),
     )
     lanes = lanes_of(probe, ranks, max(1.0, ranks / cores))
     rows = statistics.mean(looked_up(job, ranks, range(WARM_UP - 1, WARM_UP + STEPS)))
@@ -253,6 +261,9 @@ def run(combinations: Sequence[Combination], known: dict[str, Any], seconds: flo
                 network.shape(parse_rate(rate))
                 known["probes"][rate] = ask(network, MODELS["4M"], alone=False)
             save(known)
+        if c.model not in known["fsdp"]:
+            known["fsdp"][c.model] = fsdp_by_itself(MODELS[c.model])
+            save(known)
         with Network(max(2, c.ranks)) as network:
             network.hosts = c.ranks
             network.shape(parse_rate(rate))
@@ -264,6 +275,18 @@ def run(combinations: Sequence[Combination], known: dict[str, Any], seconds: flo
         save(known)
 
 
+def fsdp_by_itself(job: Job) -> float:
+    """Seconds that FSDP2 adds to a step of one rank, which has nothing to send."""
+    with Network(2) as network:
+        network.hosts = 1
+        try:
+            sharded, plain = (measure(network, job, name) for name in ("fsdp2-reshard", "alone"))
+        except Failed as error:
+            print(f"FSDP2 on one rank: {error}", flush=True)
+            return 0.0
+    return max(0.0, sharded["step_s"] - plain["step_s"])
+
+
 def one(
     network: Network, c: Combination, probe: Probe, alone: ModelTimes, known: dict[str, Any]
 ) -> None:
@@ -272,21 +295,18 @@ def one(
         **asdict(c), "cores": len(network.cores), "alone": alone.model_dump(),
         "probe": c.rate or RATES[0],
     }  # fmt: skip
+    row["fsdp_s"] = known["fsdp"].get(c.model, 0.0) if c.strategy == "sharded" else 0.0
     row |= forecast_of(row, probe)
-    row["measured"] = measure(network, MODELS[c.model], system_of(row))
+    row["measured"] = measure(network, MODELS[c.model], row["system"] if c.ranks > 1 else "alone")
     show_row(row)
     known["rows"].append(row)
-
-
-def system_of(row: dict[str, Any]) -> str:
-    """In peers.py; one rank is the plain loop, or FSDP2 that has nothing to send."""
-    return "alone" if row["ranks"] == 1 and row["strategy"] == "exact" else row["system"]
 
 
 def forecast_of(row: dict[str, Any], probe: Probe) -> dict[str, Any]:
     """From the probe and the pass alone; what was measured is not looked at."""
     job, alone, ranks = MODELS[row["model"]], ModelTimes(**row["alone"]), row["ranks"]
-    found, name = foretold(row["strategy"], job, probe, alone, ranks, row["cores"])
+    fsdp_s = row.get("fsdp_s", 0.0)
+    found, name = foretold(row["strategy"], job, probe, alone, ranks, row["cores"], fsdp_s)
     system = decided(row["strategy"], job, probe, alone, ranks)[0]
     return {
         "system": name,
@@ -383,6 +403,7 @@ def main() -> None:
         signal.signal(number, stop)
     torch.set_num_threads(1)
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"probes": {}, "rows": []}
+    known.setdefault("fsdp", {})
     if asked.ranks:
         known["machine"] = machine()
     combinations = [
@@ -390,10 +411,12 @@ def main() -> None:
         for ranks in asked.ranks
         for model in asked.models
         for rate in (asked.rates if ranks > 1 else [""])
-        for strategy in (asked.strategies if ranks > 1 else ["exact", "sharded"])
+        for strategy in (asked.strategies if ranks > 1 else ["exact"])
     ]
     run(combinations, known, asked.seconds)
     for row in known["rows"]:
+        if row["strategy"] == "sharded":
+            row["fsdp_s"] = known["fsdp"].get(row["model"], 0.0)
         row |= forecast_of(row, Probe(**known["probes"][row["probe"]]))
         show_row(row)
     known["rows"] = [{**row, "columns": columns(row)} for row in known["rows"]]

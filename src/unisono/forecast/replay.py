@@ -93,6 +93,8 @@ class Passes:
     """To copy all gradients into flat memory, tensor by tensor."""
     pack_narrow_s: float = 0.0
     """Likewise into bfloat16."""
+    units_s: float = 0.0
+    """What FSDP2 adds to a pass by itself, with nothing to send (`sharded` only)."""
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,8 @@ class _Step:
         self.sent_bytes += 8 * (self.ranks - 1)  # squares of the gradients' norms
         # A gather copies in and out into fresh memory; a scatter copies in, adds up, copies out.
         again = sum(blocks[:-1]) / t.total
-        self.compute(p.pack_s * (3 * p.accumulation * (1 + again) + 4))
+        copies_s = p.pack_s * (3 * p.accumulation * (1 + again) + 4)
+        self.compute(max(copies_s, p.accumulation * p.units_s))  # those of one rank are in units_s
 
     def _shard_handling(self) -> float:
         """Seconds for all values: others' parts packed, the own part added to what came and scaled.
