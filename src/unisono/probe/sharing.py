@@ -14,7 +14,11 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
+import torch
+
+from unisono.errors import UnisonoError
 from unisono.forecast.probe import FACTOR, Sharing
 from unisono.probe.links import start
 from unisono.probe.rates import synchronize
@@ -95,13 +99,22 @@ def _together(
     A thread waits for the stream, so that its end is known while the passes go on.
     """
     ended: list[float] = []
+    failed: list[UnisonoError] = []
+    # On a GPU waiting makes a stream wait: not the one that computes.
+    own = nullcontext() if device == "cpu" else torch.cuda.stream(torch.cuda.Stream())
     group.barrier()
     began = time.perf_counter()
     handles = stream(count)
 
     def wait() -> None:
-        for handle in handles:
-            handle.wait()
+        try:
+            with own:
+                for handle in handles:
+                    handle.wait()
+                if device != "cpu":
+                    torch.cuda.current_stream().synchronize()
+        except UnisonoError as error:
+            failed.append(error)
         ended.append(time.perf_counter() - began)
 
     waiter = threading.Thread(target=wait)
@@ -111,6 +124,8 @@ def _together(
     synchronize(device)
     compute_end = time.perf_counter() - began
     waiter.join()
+    if failed:
+        raise failed[0]
     both = min(compute_end, ended[0])
     compute = (compute_s - (compute_end - both)) / both
     transfer = (stream_s - (ended[0] - both)) / both

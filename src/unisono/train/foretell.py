@@ -101,6 +101,8 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     if passes is None:
         return passes_from
     per_core = max(1.0, world.local_size * (world.threads or 1) / cores())
+    if probe:  # what it measured was shared already
+        per_core /= max(1.0, probe.per_node * probe.threads / cores())
     lanes, lanes_from = _lanes(probe, link, world.size, world.device, per_core)
     system = _system(job)
     shard = world.size
