@@ -1,7 +1,5 @@
 """What runs beside what: speeds from two activities whose times are known."""
 
-import time
-
 import pytest
 
 from ranks import run_ranks
@@ -9,29 +7,8 @@ from unisono.forecast.probe import Sharing
 from unisono.probe import sharing
 
 
-class Ends:
-    """A collective that has ended at a certain time."""
-
-    def __init__(self, at: float) -> None:
-        self.at = at
-
-    def wait(self) -> None:
-        time.sleep(max(0.0, self.at - time.perf_counter()))
-
-
-class Alone:
-    """A group of one rank."""
-
-    def barrier(self) -> None: ...
-
-    def each(self, *values: float):
-        import torch
-
-        return torch.tensor([values], dtype=torch.float64)
-
-
 @pytest.mark.parametrize(
-    ("compute_takes", "stream_takes", "speeds"),
+    ("compute_end", "stream_end", "speeds"),
     [
         (0.10, 0.05, (1.0, 1.0)),  # nothing is shared
         (0.15, 0.10, (0.5, 0.5)),  # until 0.1 each at half speed; then the pass alone
@@ -39,14 +16,10 @@ class Alone:
     ],
 )
 def test_speeds_while_both_run(
-    compute_takes: float, stream_takes: float, speeds: tuple[float, float]
+    compute_end: float, stream_end: float, speeds: tuple[float, float]
 ) -> None:
     """Alone the pass takes 0.1 s and the stream 0.05 s."""
-    found = sharing._together(
-        lambda: time.sleep(compute_takes), 1, 0.1,
-        lambda count: [Ends(time.perf_counter() + stream_takes)], 1, 0.05, Alone(), "cpu",  # type: ignore[arg-type, list-item]
-    )  # fmt: skip
-    assert found == pytest.approx(speeds, abs=0.1)
+    assert sharing.speeds(0.1, compute_end, 0.05, stream_end) == pytest.approx(speeds)
 
 
 def test_what_is_taken_from_compute() -> None:

@@ -126,8 +126,15 @@ def _together(
     waiter.join()
     if failed:
         raise failed[0]
-    both = min(compute_end, ended[0])
-    compute = (compute_s - (compute_end - both)) / both
-    transfer = (stream_s - (ended[0] - both)) / both
-    mean = group.each(compute, transfer).mean(dim=0)
+    mean = group.each(*speeds(compute_s, compute_end, stream_s, ended[0])).mean(dim=0)
     return float(mean[0]), float(mean[1])
+
+
+def speeds(
+    compute_s: float, compute_end: float, stream_s: float, stream_end: float
+) -> tuple[float, float]:
+    """(compute, transfer) while both ran: what takes `_s` alone ended at `_end` beside the other."""
+    both = min(compute_end, stream_end)
+    compute = (compute_s - (compute_end - both)) / both
+    transfer = (stream_s - (stream_end - both)) / both
+    return compute, transfer
