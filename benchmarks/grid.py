@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from unisono.forecast.probe import ModelTimes, Probe
 from unisono.forecast.replay import Foretold, Passes, System, Tensors, foretell, lanes_of
 from unisono.plan import SHARD_BYTES
 from unisono.sync.link import BUSY_S, Link
+from unisono.sync.zero import TABLE_SHARE
 
 RESULTS = Path(__file__).parent / "results" / "grid.json"
 RATES = ("unshaped", "1g", "500m", "100m")
@@ -186,9 +187,14 @@ def foretold(
         fsdp_s * max(1.0, ranks / cores),
     )
     lanes = lanes_of(probe, ranks, max(1.0, ranks / cores))
+    tensors = tensors_of(job, ranks if system == "sharded" else 1)
+    most = max(looked_up(job, ranks, [0]))
+    if system == "shards" and most * (ranks - 1) > TABLE_SHARE * job.vocab:
+        # Too many rows for them to travel by themselves (sync/zero.py): a weight as any other.
+        tensors = replace(tensors, sizes=(tensors.table, *tensors.sizes), table=0)
     rows = statistics.mean(looked_up(job, ranks, range(WARM_UP - 1, WARM_UP + STEPS)))
     found = foretell(
-        system, tensors_of(job, ranks if system == "sharded" else 1), passes, lanes, ranks, wire_bytes=wire, bucket_bytes=bucket,
+        system, tensors, passes, lanes, ranks, wire_bytes=wire, bucket_bytes=bucket,
         rows=rows, width=job.hidden,
     )  # fmt: skip
     return found, name

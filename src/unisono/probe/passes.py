@@ -96,6 +96,7 @@ def time_model(mine: Own, group: Group, device: str) -> ModelTimes:
         synchronize(device)
         times.append(time.perf_counter())
         loss.backward()
+        del loss  # and the graph with it, before the next one is made
         synchronize(device)
         times.append(time.perf_counter())
         _update(params, mine.optimizer)
