@@ -296,7 +296,7 @@ class _Step:
         self.compute(self._head(), sends=gone)
         trips = [self.send(("all_to_all", self._share(self._values(g), "all_to_all"))) for g in groups]  # fmt: skip
         self._backward(groups, dict(enumerate(trips)), self._shard_handling())
-        rows = self.rows * self.width * self.wire_bytes * (n - 1)
+        rows = self.rows * self.width * self.wire_bytes * (n - 1) if t.table else 0
         tail = [self.send(("all_gather", rows))] if rows else []
         if rows:  # their number, and which
             self.sent_bytes += (8 + 4 * self.rows) * (n - 1)
