@@ -113,7 +113,7 @@ DOWNWARDS = {
         "sync.pairs",
     },
 }
-"""What each part may import of ours. `train`, `verify` and `cli` stand above all of it."""
+"""What each part may import of ours. `train`, `probe`, `verify` and `cli` stand above all of it."""
 
 
 @pytest.mark.parametrize("part", DOWNWARDS)

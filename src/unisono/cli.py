@@ -196,6 +196,50 @@ def plan(
 
 
 @app.command()
+def probe(
+    config: Annotated[
+        str | None, typer.Argument(help="Whose model and batch to run; without it, none is.")
+    ] = None,
+    overrides: OverridesArgument = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Local ranks; default: one for each GPU, or one.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file, for train and plan.")
+    ] = Path("probe.json"),
+) -> None:
+    """Measure this machine, its links and your model, in about a minute."""
+    from unisono import config as config_module
+    from unisono.world import from_env, launched
+
+    if config is not None and "=" in config:
+        raise ConfigError(
+            f"probe: found {config!r} where CONFIG belongs; write it before overrides"
+        )
+    items = [*(overrides or []), *([f"replicas={replicas}"] if replicas else [])]
+    asked = config_module.load(config, items) if config is not None else None
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output: {output.parent} is no folder; make it, or name another file")
+    if not launched():
+        count = replicas or (_local_replicas(asked) if asked else _gpus() or 1)
+        if count > 1:
+            from unisono.launch.local import launch
+
+            given = [config, *items] if config is not None else []
+            command = [sys.executable, "-m", "unisono", "probe", *given, "-o", str(output)]
+            raise typer.Exit(launch(command, count, _threads(asked) if asked else None))
+    from unisono.launch.local import die_with_parent
+
+    die_with_parent()
+    device = asked.device if asked else "auto"
+    world = from_env(device, _threads(asked) if asked else None, asked.timeout_s if asked else 600)
+    from unisono.observe.screen import Quiet, Screen
+    from unisono.probe.measure import run
+
+    run(asked, world, Screen() if world.is_main else Quiet(), output)
+
+
+@app.command()
 def fields(
     name: Annotated[str, typer.Argument(help="Only fields whose name contains this.")] = "",
 ) -> None:
@@ -239,11 +283,15 @@ def _local_replicas(asked: "Config") -> int:
     """The number asked for, or one for each GPU; torch is only imported where a driver is."""
     if isinstance(asked.replicas, int):
         return asked.replicas
-    if asked.device == "cpu" or not Path("/proc/driver/nvidia").exists():
-        return 1
+    return 1 if asked.device == "cpu" else max(1, _gpus())
+
+
+def _gpus() -> int:
+    if not Path("/proc/driver/nvidia").exists():
+        return 0
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
 def main() -> None:

@@ -171,6 +171,9 @@ class Config(_Section):
     bucket_mb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """exact: gradients travel in buckets of about this size (MiB). `auto`: chosen by the measured
     link, then tuned on the first steps of the run."""
+    probe: str = "auto"
+    """What unisono probe wrote: buckets and the run's forecast come from it. `auto`: probe.json in the
+    working directory, if it is of this hardware; `none`: a quick measurement of the link instead."""
     check_replicas_every: int = Field(100, ge=0)
     """Compare digests of weights and optimizer state across replicas every so many steps."""
     timeout_s: float = Field(600.0, gt=0)

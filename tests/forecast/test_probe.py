@@ -10,8 +10,16 @@ from unisono.forecast.architecture import NAMED
 from unisono.forecast.ask import machine_of
 from unisono.forecast.network import wire
 from unisono.forecast.outlook import uncertainty
-from unisono.forecast.probe import LinkFit, ModelTimes, Probe, device_of, fabric_of, read
-from unisono.forecast.search import Job, search
+from unisono.forecast.probe import (
+    LinkFit,
+    ModelTimes,
+    Probe,
+    Sharing,
+    device_of,
+    fabric_of,
+    read,
+)
+from unisono.forecast.search import Job, Machine, search
 
 
 def fit(collective: str, ranks: int, nodes: int, latency_s: float, rate: float) -> LinkFit:
@@ -93,6 +101,18 @@ def test_collectives_take_as_long_as_their_fit_says() -> None:
     assert w.all_gather(1e6) == pytest.approx(30e-6 + 3 / 4 * 1e6 / 2e9)
     assert w.all_to_all(1e6) > 0, "not fitted: the all-reduce's"
     assert device_of(example()).per_node == 4
+
+
+def test_what_a_collective_takes_from_the_compute_is_the_contention() -> None:
+    shared = Sharing(collective="all_reduce", ranks=4, message_bytes=1, bytes_per_s=1e9, compute_speed=0.5, transfer_speed=0.5)  # fmt: skip
+    assert fabric_of(example(), None).contention is None, "not measured: the constant"
+    assert fabric_of(example(sharing=(shared,)), None).contention == pytest.approx(1.0)
+    job = Job(NAMED["gpt2"], 256, 16, micro_batch=4, dtype="fp32", recompute="none")
+    seen = [example(sharing=sharing) for sharing in ((), (shared,))]
+    steps = [
+        search(job, Machine(device_of(p), fabric_of(p, None), p), 4).options[0].step for p in seen
+    ]
+    assert steps[1].communication > steps[0].communication
 
 
 def test_what_was_not_measured_must_be_stated(tmp_path: Path) -> None:

@@ -248,6 +248,8 @@ def _data_parallel(
     mesh, k = run.mesh, run.accumulation
     if mesh.holders == 1:
         return 0.0
+    if fabric.contention is not None:
+        c = replace(c, contention=fabric.contention)
     shard = wire(fabric, mesh.shard * mesh.context, mesh.tensor)
     replica = wire(fabric, mesh.replica, mesh.tensor * shard.size)
     if run.strategy == "fsdp":

@@ -38,6 +38,8 @@ class Fabric:
     """By collective."""
     node: Mapping[str, Line]
     tree_hop_s: float
+    contention: float | None = None
+    """Measured by a probe: share of a hidden transfer that compute loses to it; None: the constant."""
 
 
 @dataclass(frozen=True)

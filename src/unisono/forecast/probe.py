@@ -4,10 +4,14 @@ It replaces published hardware in a forecast: rates of products and memory, the 
 bus bandwidth for each collective and mesh axis (T = latency + factor(n) S / B, as in `network`), and
 how long the user's own model and micro-batch took. A forecast of the same model at the same micro-batch
 takes that as it is; at another it is scaled as the counted work is.
+
+Where collectives take cores from the compute (gloo's threads on a CPU, a collective's kernels on a GPU),
+`sharing` says how much: both were timed alone and beside each other.
 """
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +26,14 @@ from unisono.forecast.hardware import DTYPE_BYTES, Device
 from unisono.forecast.network import COLLECTIVES, Fabric, Line
 
 Positive = Field(gt=0, allow_inf_nan=False)
+
+FACTOR: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,
+}
+"""busbw / algbw, nccl-tests' doc/PERFORMANCE.md."""
 
 
 class _Value(BaseModel):
@@ -42,9 +54,53 @@ class LinkFit(_Value):
     error: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Median relative difference between the fit and what was timed."""
 
+    @property
+    def knee_bytes(self) -> float:
+        """Of a message: half of its time is latency."""
+        return self.latency_s * self.bytes_per_s / FACTOR[self.collective](self.ranks)
+
+
+class Timing(_Value):
+    """One size of one collective over one axis, in the columns of nccl-tests.
+
+    `bytes`: of the whole message: an all-gather's result, a reduce-scatter's input, what a rank hands
+    in to an all-to-all. algbw = bytes / time; busbw = algbw factor(ranks).
+    """
+
+    operation: Literal["all-reduce", "reduce-scatter", "all-gather", "all-to-all"]
+    axis: str
+    ranks: int = Field(ge=2)
+    bytes: int = Field(ge=1)
+    seconds: float = Positive
+    """The slowest rank's, median over repetitions."""
+    algbw_GBps: float = Positive
+    busbw_GBps: float = Positive
+
+
+class Sharing(_Value):
+    """A stream of collectives and the model's pass, each alone and one beside the other.
+
+    While both run, compute goes at `compute_speed` of its own speed and the stream at
+    `transfer_speed` of its own: on a core that both share they sum to about 1, with a core to spare
+    both are 1. (On the way of a collective over a slow link little is computed, so 0.95 and 1.)
+    """
+
+    collective: Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
+    ranks: int = Field(ge=2)
+    message_bytes: int = Field(ge=1)
+    bytes_per_s: float = Positive
+    """Bus bandwidth of the stream alone, several messages under way at once."""
+    compute_speed: float = Field(gt=0, le=1)
+    transfer_speed: float = Field(gt=0, le=1)
+
+    @property
+    def busy(self) -> float:
+        """Seconds of a core that a second of the stream (alone) takes from compute."""
+        return (1 - self.compute_speed) / self.transfer_speed
+
 
 class Pair(_Value):
-    """Between two hosts, one direction."""
+    """Between two hosts, one direction, all hosts sending at once."""
 
     source: int = Field(ge=0)
     target: int = Field(ge=0)
@@ -52,7 +108,7 @@ class Pair(_Value):
 
 
 class ModelTimes(_Value):
-    """The user's own model and micro-batch on one rank, without communication."""
+    """The user's own model and micro-batch, all ranks at once, without communication; means over ranks."""
 
     model: str
     parameters: int = Field(ge=1)
@@ -63,7 +119,16 @@ class ModelTimes(_Value):
     forward_s: float = Positive
     backward_s: float = Positive
     optimizer_s: float = Field(ge=0, allow_inf_nan=False)
+    pack_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """To copy every gradient into a flat buffer, tensor by tensor, as buckets are filled."""
+    pack_narrow_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Likewise into one of bfloat16."""
     peak_memory_bytes: int = Field(ge=0)
+    """Of the process (GPU: of the device), weights, gradients and whole optimizer state included."""
+    base_memory_bytes: int = Field(0, ge=0)
+    """Of it, what the process held before it had the model."""
+    waiting_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """How much longer than this the slowest rank takes, median over steps: what others wait for it."""
     spread: float = Field(0.0, ge=0, allow_inf_nan=False)
     """(p90 - p50) / p50 of a rank's step times."""
 
@@ -81,7 +146,14 @@ class Probe(_Value):
     """The best matrix product found, by dtype (bf16, fp16, tf32, fp32)."""
     model: ModelTimes | None = None
     links: tuple[LinkFit, ...] = ()
+    collectives: tuple[Timing, ...] = ()
+    """What `links` were fitted to."""
+    sharing: tuple[Sharing, ...] = ()
     pairs: tuple[Pair, ...] = ()
+    threads: int = Field(1, ge=1)
+    """Of one rank, on a CPU."""
+    notes: tuple[str, ...] = ()
+    """A slow rank or link by name, sizes that were left out."""
     measured_at: str = ""
     torch: str = ""
 
@@ -166,7 +238,10 @@ def fabric_of(probe: Probe, node_bytes_per_s: float | None, constants: Constants
         COLLECTIVES, Line(0.0, math.inf)
     )  # one rank has no link, and needs none
     inside = inside or outside or nothing
-    return Fabric(probe.per_node, inside, outside or inside, hop_s)
+    # Threads of a collective on the cores that compute: beside gloo nothing may be won by overlapping.
+    busy = [min(1.0, s.busy) for s in probe.sharing]
+    contention = sum(busy) / len(busy) if busy else None
+    return Fabric(probe.per_node, inside, outside or inside, hop_s, contention)
 
 
 def calibrated(probe: Probe, run: Run, counted: Work, at_probe: Work, layers: int) -> Work:

@@ -2,7 +2,9 @@
 
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,6 +23,19 @@ def environment(**known: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
     }
+
+
+def device_name(device: str) -> str:
+    """Of a GPU, or of the CPU as the kernel calls it."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,7 @@ from unisono.data.prepare import Prepared, prepare
 from unisono.data.tokenizer import check_vocabulary, load_tokenizer
 from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoError
 from unisono.files import write_json
+from unisono.forecast.probe import Probe
 from unisono.model.load import load_model
 from unisono.observe.noise import Meter
 from unisono.observe.screen import Screen
@@ -28,8 +29,9 @@ from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan
 from unisono.sync import Strategy, broadcast_model, make_strategy
 from unisono.sync.digest import sha256_of_each
 from unisono.sync.ledger import Group, Ledger
-from unisono.sync.link import Link, measure_link
+from unisono.sync.link import BUSY_S, Link, measure_link
 from unisono.train import checkpoint, tuning
+from unisono.train.known import find_probe, link_of
 from unisono.train.objective import causal_lm
 from unisono.train.state import load_optimizer, optimizer_factory
 from unisono.train.step import Feed
@@ -86,6 +88,10 @@ class Job:
     sync: Strategy
     plan: Plan
     progress: Progress = field(default_factory=Progress)
+    link: Link | None = None
+    """As measured at the start, or by a probe; None where nothing was decided by it."""
+    probe: Probe | None = None
+    """Rank 0's, of this hardware."""
     tuner: Tuner | None = None
     """Finds the size of buckets on the first steps; None where it is given."""
     noise: Meter = field(default_factory=Meter)
@@ -156,7 +162,8 @@ def set_up(
     given = config.micro_batch_size
     rows = given if isinstance(given, int) else min(8, -(-config.global_batch_size // 8))
     plan = make_plan(config, world, facts, min(rows, largest))
-    link = _link(config, world, votes)
+    probe = attempt(votes, lambda: find_probe(config, world, screen.warn), world.is_main)
+    link = _link(config, world, votes, probe)
     if link and plan.shard_optimizer and config.shard_optimizer == "auto":
         run_rows = partial(_pass, config, world, model, train_blocks)
         compute_s = seconds_of_pass(run_rows, plan.micro_batch_size, model, world.device)
@@ -164,7 +171,7 @@ def set_up(
         if _hides_whole(link, facts, plan, world, step_s, votes):
             facts = replace(facts, hides_whole=True)
             plan = make_plan(config, world, facts, min(rows, largest))
-    plan, tuner = _buckets(facts, plan, link, votes, found, config)
+    plan, tuner = _buckets(facts, plan, link, votes, found, config, probe)
     sync = make_strategy(
         config.sync,
         model,
@@ -181,7 +188,7 @@ def set_up(
     )
     job = Job(
         config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
-        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, tuner=tuner,
+        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, link=link, probe=probe, tuner=tuner,
     )  # fmt: skip
     if found and strict:
         _check_same_bits(found, plan, config)
@@ -202,12 +209,17 @@ def set_up(
     return job
 
 
-def _link(config: Config, world: World, votes: Group) -> Link | None:
-    """Collective: the measured link, where anything is decided by it."""
+def _link(config: Config, world: World, votes: Group, probe: Probe | None) -> Link | None:
+    """Collective: the measured link, where anything is decided by it: rank 0's probe, or a quick look."""
     # In strict mode the size of buckets changes nothing in the sums, but steps should be alike.
     if config.sync != "exact" or world.size == 1 or config.determinism == "strict":
         return None
-    return measure_link(votes, world.device)
+    mine = link_of(probe, world.device) if probe else None
+    table = votes.each(*((mine.latency_s, mine.bytes_per_s) if mine else (0.0, 0.0)))
+    latency_s, rate = table[0].tolist()
+    if not rate:
+        return measure_link(votes, world.device)
+    return Link(latency_s, rate, BUSY_S if world.device == "cpu" else 0.0)
 
 
 def _hides_whole(
@@ -233,12 +245,14 @@ def _buckets(
     votes: Group,
     found: checkpoint.Manifest | None,
     config: Config,
+    probe: Probe | None,
 ) -> tuple[Plan, Tuner | None]:
     """Collective: the plan with the size of buckets to begin with, and who tunes it further."""
     if link is None or config.bucket_mb != "auto":
         return plan, None
     mb, tuned = link.bucket_mb(facts.gradient_bytes), False
-    why = f"link of {link.bytes_per_s * 8 / 1e9:.3g} Gbit/s and {link.latency_s * 1e3:.2g} ms"
+    origin = "link, as probed, of" if probe else "link of"
+    why = f"{origin} {link.bytes_per_s * 8 / 1e9:.3g} Gbit/s and {link.latency_s * 1e3:.2g} ms"
     key = tuning.key_of({**asdict(facts), "replicas": plan.replicas, "wire": config.wire}, link)
     mine = tuning.recall(cache_folder() / TUNED, key) if votes.rank == 0 else None
     recalled = votes.each(mine or 0.0)[0, 0].item()

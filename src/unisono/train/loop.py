@@ -7,7 +7,6 @@ between ranks is decided from the step's vote, never from what one rank knows.
 
 import json
 import math
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,7 +26,7 @@ from unisono.observe import goodput, metrics, timeline
 from unisono.observe.account import RANKS, Account, bytes_in_use
 from unisono.observe.advice import advise
 from unisono.observe.arrival import Stamps
-from unisono.observe.environment import environment
+from unisono.observe.environment import device_name, environment
 from unisono.observe.flops import Flops, count, find_peak
 from unisono.observe.metrics import Metrics
 from unisono.observe.receipt import (
@@ -43,7 +42,7 @@ from unisono.sync.digest import check_replicas
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.zero import Zero
-from unisono.train import batch_advice, checkpoint, tuning
+from unisono.train import batch_advice, checkpoint, foretell, tuning
 from unisono.train.advance import Advanced, advance
 from unisono.train.evaluation import evaluate
 from unisono.train.job import (
@@ -97,6 +96,7 @@ def take_steps(job: Job) -> Receipt:
         job.votes,
         world.device,
     )
+    forecast = _forecast(job, baseline)
     # What a former process logged beyond its last checkpoint goes before anybody appends.
     samples = job.run / SAMPLES
     attempt(job.votes, lambda: sample_ledger.truncate(samples, progress.step), world.is_main)
@@ -154,7 +154,12 @@ def take_steps(job: Job) -> Receipt:
     receipt = log.receipt(baseline)
     weights = job.sync.state_dict()
     digest = weights_digest(job, weights)
-    audited = attempt(job.votes, lambda: _finish(job, log, receipt, weights, digest), world.is_main)
+    peak = int(job.votes.each(float(foretell.peak_memory_bytes(world.device))).max())
+
+    def finish() -> Receipt:
+        return _finish(job, log, receipt, weights, digest, forecast, peak)
+
+    audited = attempt(job.votes, finish, world.is_main)
     log.close()
     return audited or receipt
 
@@ -192,7 +197,7 @@ class Log:
         self._window = _Window()
         self._complained = False
 
-        name = device_name(job.world)
+        name = _device_name(job.world)
         self.peak = find_peak(job.config, job.world.device, name, job.run)
         self._hooks = ExitStack()
         if job.config.gradient_checkpointing and job.world.device == "cpu":
@@ -354,7 +359,7 @@ class Log:
         blame = self.account.suspects.all()
         receipt = make_receipt(
             by_rank,
-            device=device_name(job.world),
+            device=_device_name(job.world),
             steps=progress.step - self.first_step,
             tokens=progress.tokens - self.first_tokens,
             accumulation=plan.accumulation,
@@ -499,7 +504,28 @@ def _stop(job: Job, log: Log) -> None:
     )
 
 
-def _finish(job: Job, log: Log, receipt: Receipt, weights: Weights, digest: str) -> Receipt:
+def _forecast(job: Job, baseline: Baseline | None) -> foretell.Forecast | None:
+    """Collective: what a step will take, written down before the first one."""
+    found = foretell.make_forecast(job, baseline)
+
+    def tell() -> None:
+        if isinstance(found, str):
+            job.screen.say(f"no forecast: {found}", "dim")
+            return
+        write_json(job.run / foretell.FILE, found.as_json())
+        if job.probe is not None:
+            write_json(job.run / "probe.json", job.probe.model_dump())  # for the report page
+        ms, rate = found.step.total * 1e3, found.tokens_per_second
+        job.screen.say(f"forecast: {ms:.4g} ms a step, {rate:,.0f} tokens/s", "dim")
+
+    attempt(job.votes, tell, job.world.is_main)
+    return None if isinstance(found, str) else found
+
+
+def _finish(
+    job: Job, log: Log, receipt: Receipt, weights: Weights, digest: str,
+    forecast: foretell.Forecast | None, peak_bytes: int,
+) -> Receipt:  # fmt: skip
     """Rank 0: the model at the root of the run folder, the receipt with the audit, a sample of text."""
     publish_model(job.run, job.model, job.tokenizer, weights)
     used = log.ended()
@@ -521,6 +547,10 @@ def _finish(job: Job, log: Log, receipt: Receipt, weights: Weights, digest: str)
         job.screen.say(text + "\n")
     job.screen.show(render(receipt))
     job.screen.say("\n".join(advice.lines), "dim")
+    if forecast is not None and receipt.steps:
+        facts = foretell.beside(forecast, receipt, peak_bytes, job.config.sync == "ddp")
+        write_json(job.run / foretell.FILE, facts)
+        job.screen.say(foretell.in_words(facts), "dim")
     job.screen.say(f"model, metrics and receipt: {job.run}; as a page: unisono report {job.run}")
     return receipt
 
@@ -547,15 +577,8 @@ def _audit(job: Job) -> str:
     return f"sample ledger: {samples:,} samples, each exactly where the order has it"
 
 
-def device_name(world: World) -> str:
+def _device_name(world: World) -> str:
+    name = device_name(world.device)
     if world.device != "cpu":
-        return torch.cuda.get_device_name(world.device)
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
+        return name
     return f"{name}, {world.threads} {'thread' if world.threads == 1 else 'threads'} a replica"

@@ -1,0 +1,299 @@
+"""A run's own forecast, made before its first step, and what became of it: forecast.json.
+
+Known at the start are the plan, the link (a probe's, or the quick look that chose the buckets), and
+the pass: a probe of this very model and micro-batch, or the baseline that every run times without
+communication (then what ranks wait for the slowest is the cost model's jitter). forecast/replay.py makes a step of them. At the end the measurement is written beside it;
+the forecast itself is never touched again.
+"""
+
+import resource
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unisono.forecast.constants import DEFAULT
+from unisono.forecast.cost import slowest
+from unisono.forecast.probe import FACTOR, Probe
+from unisono.forecast.replay import (
+    FAIR,
+    Foretold,
+    Lane,
+    Passes,
+    System,
+    Tensors,
+    foretell,
+    lanes_of,
+)
+from unisono.observe.receipt import Receipt
+from unisono.probe.rates import memory_bytes_per_s
+from unisono.sync.link import Link, measure_link
+from unisono.sync.zero import TABLE_BYTES, TABLE_SHARE
+from unisono.train.job import Job
+from unisono.train.trial import Baseline
+from unisono.train.vote import Ballot, pack
+from unisono.world import cores
+
+FILE = "forecast.json"
+GLOO_BYTES_PER_S = 1e9
+"""What gloo moves with a core to itself (two unshaped hosts of one core: 0.9 to 1.1 GB/s, benchmarks/grid.py):
+a link of as much leaves half a core to the compute beside it. A probe measures it."""
+FORWARD = 1 / 3
+"""Of a pass, where it was timed as a whole: 2 of 6 operations a value (Kaplan 2020)."""
+QUICK_BYTES = 16 << 20
+"""To see how fast memory is; more would raise the peak that is foretold."""
+LOOKED_AT = 3
+"""Steps whose rows of the embedding are counted."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a step in full swing, as it was known before the first one."""
+
+    step: Foretold
+    tokens_per_second: float
+    efficiency: float
+    memory_bytes: int
+    """Peak of the process (GPU: of the device)."""
+    sources: dict[str, str]
+    """What each part was made of."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by the receipt's phases."""
+        s = self.step
+        return {
+            "compute": s.compute, "communication": s.communication, "waiting": s.waiting,
+            "optimizer": s.optimizer,
+        }  # fmt: skip
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "step_s": self.step.total,
+            "parts": self.parts,
+            "tokens_per_second": self.tokens_per_second,
+            "efficiency": self.efficiency,
+            "sent_bytes_per_step": self.step.sent_bytes,
+            "memory_bytes": self.memory_bytes,
+            "sources": self.sources,
+        }
+
+
+def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
+    """Collective: before the first step; or why there is none, in a few words.
+
+    Only rank 0 has the probe, so only its answer is the run's.
+    """
+    plan, votes, world = job.plan, job.votes, job.world
+    link = job.link
+    if link is None and world.size > 1:
+        link = measure_link(votes, world.device)
+    tensors = _tensors(job)
+    rate = memory_bytes_per_s(world.device, QUICK_BYTES)
+    rows = _rows_looked_up(job)
+    width = job.model.get_input_embeddings().weight.shape[-1]
+    peak = int(votes.each(float(peak_memory_bytes(world.device))).max())
+    probe = job.probe
+    passes, passes_from = _passes(job, baseline, probe, tensors, rate)
+    if passes is None:
+        return passes_from
+    per_core = max(1.0, world.local_size * (world.threads or 1) / cores())
+    if probe:  # what it measured was shared already
+        per_core /= max(1.0, probe.per_node * probe.threads / cores())
+    lanes, lanes_from = _lanes(probe, link, world.size, world.device, per_core)
+    system = _system(job)
+    shard = world.size
+    if plan.mesh:
+        shard = plan.mesh[1]
+        if plan.mesh[0] > 1:
+            return "sharded over several copies is not foretold"
+    step = foretell(
+        system, tensors, passes, lanes, shard,
+        wire_bytes=2 if job.config.wire == "bfloat16" else 4, bucket_bytes=plan.bucket_mb * 2**20,
+        rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches)),
+    )  # fmt: skip
+    alone_s = plan.accumulation * (passes.forward_s + passes.backward_s) + passes.optimizer_s
+    if baseline:
+        alone_s = plan.accumulation * baseline.alone_s + step.optimizer
+    tokens = plan.global_batch_size * plan.sequence_length
+    return Forecast(
+        step,
+        tokens / step.total,
+        alone_s / step.total,
+        peak + _state_bytes(job, tensors, system),
+        {"pass": passes_from, "link": lanes_from},
+    )
+
+
+def _system(job: Job) -> System:
+    sync = job.config.sync
+    if sync == "exact":
+        return "shards" if job.plan.shard_optimizer else "whole"
+    return "sharded" if sync == "sharded" else "ddp"
+
+
+def _passes(
+    job: Job, baseline: Baseline | None, probe: Probe | None, tensors: Tensors, rate: float
+) -> tuple[Passes | None, str]:
+    """What one rank computes; or None and why that is not known."""
+    plan, config = job.plan, job.config
+    seen = probe.model if probe else None
+    if probe and seen and (
+        (seen.micro_batch, seen.sequence, seen.dtype, seen.gradient_checkpointing, probe.ranks)
+        == (plan.micro_batch_size, plan.sequence_length, "bf16" if config.bf16 else "fp32",
+            config.gradient_checkpointing, job.world.size)
+        and seen.parameters == sum(p.numel() for p in job.model.parameters())
+    ):  # fmt: skip
+        passes = Passes(
+            seen.forward_s, seen.backward_s, seen.optimizer_s, plan.accumulation, seen.waiting_s,
+            seen.pack_s, seen.pack_narrow_s,
+        )  # fmt: skip
+        return passes, "the probe of this model and micro-batch"
+    if baseline is None:
+        return None, "nothing timed a pass alone; run unisono probe first, or set baseline_steps"
+    values = tensors.total
+    both = baseline.together_s
+    optimizer_s = (28 if config.optim == "adamw" else 16) * values / rate
+    pack_s = 8 * values / rate
+    n, c = job.world.size, DEFAULT
+    waiting_s = slowest(n) * (c.jitter * plan.accumulation * both + c.jitter_s) if n > 1 else 0.0
+    passes = Passes(
+        FORWARD * both,
+        (1 - FORWARD) * both,
+        optimizer_s,
+        plan.accumulation,
+        waiting_s,
+        pack_s,
+        pack_s,
+    )
+    return passes, "micro-batches timed without communication at the start"
+
+
+def _lanes(
+    probe: Probe | None, link: Link | None, ranks: int, device: str, per_core: float
+) -> tuple[dict[str, Lane], str]:
+    if link is None:
+        return {}, "one replica"
+    if probe and probe.links:
+        return lanes_of(probe, ranks, per_core), "the probe"
+    busy = min(1.0, link.bytes_per_s / GLOO_BYTES_PER_S) if device == "cpu" else DEFAULT.contention
+    beside = min(1.0, FAIR / busy) if device == "cpu" else 1.0
+    lane = Lane(link.latency_s, link.bytes_per_s, 1 - busy * beside, beside)
+    return dict.fromkeys(FACTOR, lane), "a quick look at the start"
+
+
+def _tensors(job: Job) -> Tensors:
+    model = job.model
+    embedding = model.get_input_embeddings().weight
+    output = model.get_output_embeddings()
+    tied = output is not None and output.weight is embedding
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    rest = [p for _, p in trained if p is not embedding]
+    table = len(embedding) * embedding.shape[1] if len(rest) < len(trained) else 0
+    over = (job.plan.mesh or (1, 1))[1]  # whose multiples FSDP fills rows up to
+
+    def values(p: torch.Tensor) -> int:
+        return -(-len(p) // over) * over * (p.numel() // len(p)) if p.dim() else 1
+
+    sizes = [values(p) for p in rest]
+    if _system(job) == "shards" and not _is_table(job, embedding):
+        sizes, table = [table, *sizes] if table else sizes, 0
+    blocks: list[int] = []
+    if job.config.sync == "sharded":
+        from unisono.sync.sharded import find_blocks
+
+        blocks = [sum(values(p) for p in b.parameters()) for b in find_blocks(model)]
+    return Tensors(tuple(sizes), tuple(blocks), table, tied)
+
+
+def _is_table(job: Job, weight: torch.Tensor) -> bool:
+    """Whether its rows travel by themselves, as sync/zero.py decides in its first step."""
+    touched = min(weight.shape[0], job.plan.micro_batch_size * job.plan.sequence_length)
+    return bool(
+        job.config.shard_optimizer is not True
+        and not weight.is_cuda
+        and weight.numel() * weight.element_size() >= TABLE_BYTES
+        and touched * (job.world.size - 1) <= TABLE_SHARE * weight.shape[0]
+    )
+
+
+def _rows_looked_up(job: Job) -> int:
+    """Collective: different tokens of a step on the rank that has most, mean over the next steps."""
+    feed, m = job.feed, job.plan.accumulation
+    first, last = job.progress.step, job.plan.max_steps
+    counts = []
+    for step in range(first, min(last, first + LOOKED_AT)):
+        leaves = range(job.world.rank * m, (job.world.rank + 1) * m)
+        ids = [feed.batch(step, leaf).input_ids for leaf in leaves]
+        counts.append(float(len(np.unique(np.concatenate([i.reshape(-1) for i in ids])))))
+    return round(float(job.votes.each(*counts).amax(dim=0).mean()))
+
+
+def _state_bytes(job: Job, tensors: Tensors, system: System) -> int:
+    """What comes on top in the first steps: the optimizer's state, and masters of bfloat16 weights."""
+    moments = {"adamw": 2, "sgd": int(job.config.momentum > 0)}[job.config.optim]
+    if job.progress.step:  # resumed: it is there
+        return 0
+    own = {"whole": 1.0, "ddp": 1.0}.get(system, 1 / (job.plan.mesh or (1, job.world.size))[1])
+    narrow = system == "shards" and job.config.wire == "bfloat16"
+    sharded = sum(tensors.sizes) + (0 if system == "shards" else tensors.table)
+    whole = tensors.table if system == "shards" else 0
+    return int(4 * ((moments + narrow) * own * sharded + moments * whole))
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most that this process has held so far (GPU: on the device)."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError, StopIteration, ValueError, IndexError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+# --- afterwards
+
+
+def beside(forecast: Forecast, receipt: Receipt, peak_bytes: int, ddp: bool) -> dict[str, Any]:
+    """forecast.json of a finished run; `ddp`: its traffic passes no ledger."""
+    stepping_s = receipt.step_ms / 1e3
+    mean = {
+        phase: sum(rank.get(phase, 0.0) for rank in receipt.seconds_by_rank)
+        / receipt.replicas / max(1, receipt.steps)
+        for phase in ("compute", "communication", "waiting", "optimizer", "data", "other")
+    }  # fmt: skip
+    sent = None if ddp else receipt.sent_bytes_per_step
+    return {
+        **forecast.as_json(),
+        "error": forecast.step.total / stepping_s - 1,
+        "measured": {
+            "step_s": stepping_s,
+            "parts": mean,
+            "tokens_per_second": receipt.tokens_per_second,
+            "efficiency": receipt.efficiency,
+            "sent_bytes_per_step": sent,
+            "memory_bytes": peak_bytes,
+        },
+        "errors": {
+            "step_s": forecast.step.total / stepping_s - 1,
+            "sent_bytes_per_step": forecast.step.sent_bytes / sent - 1 if sent else None,
+            "memory_bytes": forecast.memory_bytes / peak_bytes - 1 if peak_bytes else None,
+        },
+    }
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """One line for the end of a run."""
+    seen, off = facts["measured"], facts["errors"]
+    line = (
+        f"forecast: {facts['step_s'] * 1e3:.4g} ms a step, measured {seen['step_s'] * 1e3:.4g} "
+        f"({off['step_s']:+.1%})"
+    )
+    if off["sent_bytes_per_step"] is not None:
+        line += f"; bytes {off['sent_bytes_per_step']:+.2%}"
+    if off["memory_bytes"] is not None:
+        line += f"; peak memory {off['memory_bytes']:+.1%}"
+    return line
