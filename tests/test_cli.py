@@ -116,6 +116,7 @@ def test_verbs_and_options_are_frozen() -> None:
         "generate": ["--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-p"],
         "verify": ["--json", "--replicas", "--steps", "--strict"],
         "report": ["--output"],
+        "probe": ["--output", "--replicas"],
         "plan": [
             "--batch-per-device", "--detail", "--devices", "--hardware", "--json", "--link", "--page",
             "--per-node", "--price", "--probe", "--tokens",

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from unisono import config as config_module
 from unisono.forecast import hardware
+from unisono.forecast.probe import Probe
 from unisono.observe.flops import Flops, count, find_peak, pairs
 
 LLAMA = {
@@ -87,18 +88,16 @@ def test_a_peak_is_published_measured_or_unknown(tmp_path: Path) -> None:
     config = config_module.parse(
         {"model": LLAMA, "data": "x", "output_dir": str(tmp_path), "bf16": True}
     )
-    published = find_peak(config, "cuda:0", "NVIDIA H100 80GB HBM3", tmp_path)
+    published = find_peak(config, "cuda:0", "NVIDIA H100 80GB HBM3", None)
     assert published.flops == hardware.device("H100").peak("bf16")
     assert "bf16" in published.source
-    unknown = find_peak(config, "cpu", "AMD EPYC", tmp_path)
+    unknown = find_peak(config, "cpu", "AMD EPYC", None)
     assert unknown.flops is None
     assert unknown.source == "no known peak of AMD EPYC; unisono probe measures one"
-    from unisono.forecast.probe import Probe
-
-    Probe(
+    probe = Probe(
         device="AMD EPYC", ranks=1, nodes=1, memory_bytes=1e9, memory_bytes_per_s=1e9,
-        matmul_flops={"fp32": 5e10, "bf16": 2e10},
-    ).save(tmp_path / "probe.json")  # fmt: skip
-    assert find_peak(config, "cpu", "AMD EPYC", tmp_path).flops == 2e10
-    (tmp_path / "probe.json").write_text('{"torn')
-    assert find_peak(config, "cpu", "AMD EPYC", tmp_path).flops is None
+        matmul_flops={"bf16": 2e10},
+    )  # fmt: skip
+    assert find_peak(config, "cpu", "AMD EPYC", probe).flops == 2e10
+    only_fp32 = probe.model_copy(update={"matmul_flops": {"fp32": 5e10}})
+    assert find_peak(config, "cpu", "AMD EPYC", only_fp32).flops is None

@@ -17,17 +17,16 @@ is neither, none is invented.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
     from unisono.config import Config
+    from unisono.forecast.probe import Probe
 
 CONV1D = "Conv1D"
 """transformers' linear layer of GPT-2, whose weight is transposed."""
-PROBE = "probe.json"
 
 
 @dataclass(frozen=True)
@@ -149,22 +148,19 @@ class Peak:
     source: str
 
 
-def find_peak(config: "Config", device: str, name: str, run: Path) -> Peak:
+def find_peak(config: "Config", device: str, name: str, probe: "Probe | None") -> Peak:
     """Of a device called `name`, in the dtype that its matrix products have."""
-    from unisono.errors import ConfigError
-    from unisono.forecast import hardware, probe
+    from unisono.forecast import hardware
 
     dtype = _dtype(config, device)
     known = hardware.find(name) if device != "cpu" else None
     if known is not None:
         return Peak(known.peak(dtype), f"published peak of {known.name}, {dtype}")
-    try:
-        measured = probe.read(run / PROBE)
-    except ConfigError:
+    if probe is None:
         return Peak(None, f"no known peak of {name}; unisono probe measures one")
-    if dtype not in measured.matmul_flops:
-        return Peak(None, f"no known peak of {name} in {dtype}; {PROBE} has none")
-    return Peak(measured.matmul_flops[dtype], f"best matrix product of the probe, {dtype}")
+    if dtype not in probe.matmul_flops:
+        return Peak(None, f"no known peak of {name} in {dtype}; the probe has none")
+    return Peak(probe.matmul_flops[dtype], f"best matrix product of the probe, {dtype}")
 
 
 def _dtype(config: "Config", device: str) -> str:

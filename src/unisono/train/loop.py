@@ -198,7 +198,7 @@ class Log:
         self._complained = False
 
         name = _device_name(job.world)
-        self.peak = find_peak(job.config, job.world.device, name, job.run)
+        self.peak = find_peak(job.config, job.world.device, name, job.probe)
         self._hooks = ExitStack()
         if job.config.gradient_checkpointing and job.world.device == "cpu":
             self._hooks = time_recomputation(job.model, job.ledger.clock)
