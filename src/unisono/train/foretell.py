@@ -2,8 +2,9 @@
 
 Known at the start are the plan, the link (a probe's, or the quick look that chose the buckets), and
 the pass: a probe of this very model and micro-batch, or the baseline that every run times without
-communication (then what ranks wait for the slowest is the cost model's jitter). forecast/replay.py makes a step of them. At the end the measurement is written beside it;
-the forecast itself is never touched again.
+communication (then what ranks wait for the slowest is the cost model's jitter). forecast/replay.py
+makes a step of them. At the end the measurement is written beside it; the forecast itself is never
+touched again.
 """
 
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unisono.clock import STEP_PHASES
 from unisono.forecast.constants import DEFAULT
 from unisono.forecast.cost import slowest
 from unisono.forecast.probe import FACTOR, Probe
@@ -39,8 +41,8 @@ from unisono.world import cores
 
 FILE = "forecast.json"
 GLOO_BYTES_PER_S = 1e9
-"""What gloo moves with a core to itself (two unshaped hosts of one core: 0.9 to 1.1 GB/s, benchmarks/grid.py):
-a link of as much leaves half a core to the compute beside it. A probe measures it."""
+"""What gloo moves with a core to itself (two unshaped hosts of one core: 0.9 to 1.1 GB/s,
+benchmarks/grid.py): a link of as much leaves half a core to the compute beside it. A probe measures it."""
 FORWARD = 1 / 3
 """Of a pass, where it was timed as a whole: 2 of 6 operations a value (Kaplan 2020)."""
 QUICK_BYTES = 16 << 20
@@ -263,7 +265,7 @@ def beside(forecast: Forecast, receipt: Receipt, peak_bytes: int, ddp: bool) -> 
     mean = {
         phase: sum(rank.get(phase, 0.0) for rank in receipt.seconds_by_rank)
         / receipt.replicas / max(1, receipt.steps)
-        for phase in ("compute", "communication", "waiting", "optimizer", "data", "other")
+        for phase in STEP_PHASES
     }  # fmt: skip
     sent = None if ddp else receipt.sent_bytes_per_step
     return {
