@@ -63,8 +63,9 @@ def test_a_run_writes_its_forecast_before_and_the_measurement_after(
     assert found["error"] == pytest.approx(found["step_s"] / measured["step_s"] - 1)
     assert found["memory_bytes"] == pytest.approx(measured["memory_bytes"], rel=0.1)
     if "sync" not in fields and size > 1:
-        # The first step is laid out otherwise, and every fifth compares the replicas.
-        assert found["sent_bytes_per_step"] == pytest.approx(measured["sent_bytes_per_step"], rel=0.1)  # fmt: skip
+        # The first of twelve steps is laid out otherwise (whole float32 gradients also where the wire is
+        # bfloat16), and more is told in it.
+        assert found["sent_bytes_per_step"] == pytest.approx(measured["sent_bytes_per_step"], rel=0.15)  # fmt: skip
     assert any(line.startswith("forecast:") and "measured" in line for line in told)
 
 
