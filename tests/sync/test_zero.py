@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ranks import run_ranks
 from unisono.errors import UnisonoError
 from unisono.sync import make_strategy
+from unisono.sync import shard as shard_file
 from unisono.sync.digest import sha256
 from unisono.sync.ledger import Group, Handle, Ledger
 from unisono.sync.shard import Shard
@@ -535,6 +536,43 @@ def test_what_is_not_finite_changes_nothing_and_is_traced(
 def test_in_the_first_step_nobody_is_blamed_wrongly(size: int) -> None:
     seen = {b for b in run_ranks(blamed, size, 1, "2.weight", 0, "float32") if b is not None}
     assert seen <= {(1, "2.weight")}, "what is not known is not guessed"
+
+
+def out_of_memory(world, allocation: int) -> tuple[int, str]:
+    """Rank 1 has no memory for the pieces that arrive, in the midst of a bucket of several chunks."""
+    shard_file.CHUNK_BYTES = 64
+    sync, alone = shard(tower(), bucket_mb=1e-4), Alone(tower())
+    both(world, sync, alone, range(1))
+
+    class Scarce:
+        left = allocation
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+            self.left -= 1
+            if not self.left:
+                raise torch.OutOfMemoryError
+            return torch.empty_like(tensor)
+
+    if world.rank == 1:
+        shard_file.torch = Scarce()
+    failed = False
+    try:
+        with sync.micro_batch():
+            loss_of(sync.model, rows(1, world.rank)).backward()
+    except torch.OutOfMemoryError:
+        failed = True
+    assert sync.finish(float(failed)) == [1.0]
+    sync.discard()
+    both(world, sync, alone, range(2, 5))
+    return sync._scatters._sequence, assert_equal(sync, alone)
+
+
+def test_memory_that_runs_out_while_a_bucket_leaves() -> None:
+    for allocation in (1, 2, 3):
+        assert len(set(run_ranks(out_of_memory, 3, allocation))) == 1
 
 
 def too_large(world) -> None:
