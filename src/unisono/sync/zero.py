@@ -211,6 +211,7 @@ class Zero:
             return Update(math.nan, committed=False)
         norm = math.sqrt(self._square) / divide_by if is_finite(self._square) else math.nan
         if not is_finite(norm):
+            self.discard()  # a table's sum would be the beginning of the next one
             return Update(norm, committed=False)
         factor = clip_factor(norm, divide_by, max_norm)
         for shard in self._returns:
