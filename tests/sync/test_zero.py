@@ -861,6 +861,48 @@ def test_other_buckets_in_the_middle_change_nothing(size: int) -> None:
     run_ranks(rebucketed_each_way, size)
 
 
+class Scalar(nn.Module):
+    """Between two matrices, a weight without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner, self.scale, self.out = nn.Linear(6, 20), Parameter(torch.tensor(0.7)), nn.Linear(20, 3)  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.inner(x)) * self.scale)
+
+
+def scalar_moved(world) -> None:
+    for optimizer in (adamw, sgd):
+        sync, alone = shard(Scalar(), optimizer), Alone(Scalar(), optimizer)
+        both(world, sync, alone, range(2))
+        for size in (0.0005, 100.0, 1e-5):
+            sync.rebucket(size)
+            both(world, sync, alone, range(2, 4))
+        assert_equal(sync, alone)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_state_of_a_scalar_moves_too(size: int) -> None:
+    run_ranks(scalar_moved, size)
+
+
+def loaded_late(world) -> list[float]:
+    """Masters that are loaded while weights are on their way."""
+    hold_gathers_back()
+    sync = shard(tower())
+    for step in range(2):
+        take(sync, [lambda s=step: loss_of(sync.model, rows(s, world.rank))])
+    sync.load_optimizer_state({f"{MASTER}.0.weight": torch.full((20, 6), 0.5)})
+    sync.settle()
+    return sorted(set(sync.model[0].weight.flatten().tolist()))
+
+
+def test_what_is_loaded_is_not_overtaken() -> None:
+    assert run_ranks(loaded_late, 2) == [[0.5]] * 2
+
+
 def before_the_first_step(world) -> str:
     """A state that was loaded and not used yet is given back, and other buckets lose nothing."""
     model = tower()

@@ -286,6 +286,7 @@ class Zero:
     @torch.no_grad()
     def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take this rank's part of a saved state; before the first step it is kept until then."""
+        self.settle()  # what arrives later would lie upon it
         if self._first:
             self._saved = tensors
             return
@@ -563,9 +564,9 @@ class Zero:
         i = self._index[name]
         shard, place = self._places[i]
         piece, (_, begin, end) = shard.pieces[place], shard.spans[place]
-        part = whole.reshape(-1)[begin:end] if whole.dim() else whole
-        if shard.whole:
-            part = whole
+        # A count of the optimizer's has no dimensions, and neither has the state of a scalar weight.
+        is_count = not whole.dim() and (state == "step" or self.params[i].dim() > 0)
+        part = whole if is_count or shard.whole else whole.reshape(-1)[begin:end]
         if state != MASTER:
             shard.optimizer.state[piece][state] = part.to(piece.device, copy=True)
         elif shard.whole or shard.master is shard.row:
