@@ -348,6 +348,8 @@ class Zero:
         # plain one: in checkpointed segments (no gradient, or hooks on what is saved) it is so too.
         if i is None or not torch.is_grad_enabled() or _saving_is_hooked():
             return None
+        if weight._backward_hooks:  # they are meant for the whole gradient
+            return None
         if self._first:
             self._uses.append(~i)  # a lookup; `on_use` follows
             touched = 0 if weight.is_cuda else len(torch.unique(ids))
