@@ -349,6 +349,47 @@ def test_every_way_of_use_is_seen_by_the_test_above() -> None:
     assert not set(unseen[0]) & set(unseen[1])
 
 
+@torch.jit.script
+def scripted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x @ weight
+
+
+class Scripted(nn.Module):
+    """`hidden` is used by TorchScript, from step `since` on."""
+
+    def __init__(self, since: int) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last = nn.Linear(6, 20), nn.Linear(20, 3)
+        self.hidden = Parameter(torch.randn(20, 20) / 5)
+        self.step, self.since = 0, since
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(scripted(x, self.hidden) if self.step >= self.since else x @ self.hidden)
+
+
+def used_unseen(world, since: int) -> str:
+    hold_gathers_back()
+    sync, alone = shard(Scripted(since), bucket_mb=1e-5), Alone(Scripted(since))
+    try:
+        for step in range(4):
+            sync.model.step = alone.model.step = step
+            both(world, sync, alone, range(step, step + 1), mine=2)
+    except UnisonoError as error:
+        sync.finish()
+        return str(error)
+    assert_equal(sync, alone)
+    return ""
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_uses_that_torch_does_not_show_are_waited_for_or_refused(size: int) -> None:
+    assert run_ranks(used_unseen, size, 0) == [""] * size
+    for told in run_ranks(used_unseen, size, 2):
+        assert "hidden was used before its new value was there" in told
+
+
 # --- checkpointing, accumulation, and what happens between steps
 
 
@@ -423,6 +464,33 @@ def between_steps(world) -> list[int]:
 def test_between_steps_everything_can_be_read(size: int) -> None:
     """And a step communicates once, whatever the accumulation: one small sum besides."""
     assert run_ranks(between_steps, size) == [[1] * 5] * size
+
+
+def sparse(world) -> str:
+    """A sparse gradient of the first micro-batch alone, and then of the last one."""
+
+    def model() -> nn.ModuleDict:
+        torch.manual_seed(2)
+        return nn.ModuleDict({"embed": nn.Embedding(9, 6, sparse=True), "out": nn.Linear(6, 3)})
+
+    def loss(m: nn.ModuleDict, step: int, r: int, k: int) -> torch.Tensor:
+        x = rows(step, r, k)
+        if k == step % 2:
+            x = x + m["embed"](torch.arange(len(x)) + r)
+        return m["out"](torch.tanh(x)).square().sum()
+
+    sync, alone = shard(model(), sgd), Alone(model(), sgd)
+    for step in range(5):
+        take(sync, [lambda k=k, s=step: loss(sync.model, s, world.rank, k) for k in range(2)])
+        for r, k in ((r, k) for r in range(world.size) for k in range(2)):
+            loss(alone.model, step, r, k).backward()
+        alone.model["embed"].weight.grad = alone.model["embed"].weight.grad.to_dense()
+        alone.step([])
+    return assert_equal(sync, alone)
+
+
+def test_sparse_gradients_of_any_micro_batch() -> None:
+    assert len(set(run_ranks(sparse, 3))) == 1
 
 
 def closed(world) -> None:

@@ -2,7 +2,8 @@
 
 `Watch` sees every torch function while it is entered and tells its owner before a parameter is used,
 whoever uses it: a module its own, a parent its child's (nn.MultiheadAttention does), or user code.
-Module hooks would miss the last two. Cost: 1 to 3 us for each torch function called from Python.
+Module hooks would miss the last two. What runs outside of Python (TorchScript, C++ extensions) does
+not show; sync/zero.py finds it in the first step. Cost: 1 to 3 us for each torch function called from Python.
 """
 
 from typing import Any, Protocol
