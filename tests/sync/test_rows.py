@@ -58,6 +58,11 @@ class Text(nn.Module):
         return x + self.positions(torch.arange(ids.shape[-1]))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.kind == "asked":  # for what is no use of it
+            assert self.embed.weight.requires_grad and self.embed.weight.dtype == torch.float32
+            assert (
+                self.embed.weight.shape == (VOCAB, DIM) and self.embed.weight.device.type == "cpu"
+            )
         if self.kind == "hooked" and not self.embed.weight._backward_hooks:
             self.embed.weight.register_hook(lambda g: g * (torch.arange(VOCAB) % 2)[:, None])
         if self.kind in ("checkpointed", "reentrant"):
@@ -142,7 +147,7 @@ def trained(world, kind: str, wire: str) -> list:
     return found
 
 
-KINDS = ["tied", "untied", "padded", "twice", "beside", "partly", "hooked"]
+KINDS = ["tied", "untied", "padded", "twice", "beside", "partly", "hooked", "asked"]
 
 
 def each_kind_trained(world, wire: str) -> list[list]:

@@ -14,6 +14,14 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 
+ABOUT = frozenset(
+    getattr(torch.Tensor, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "grad")
+)
+"""Attributes that tell about a weight without reading it. Models ask an embedding for its type before
+they look anything up (Gemma 3 does), and that is no use of it."""
+
+
 class Owner(Protocol):
     """Who wants to know."""
 
@@ -37,6 +45,8 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in ABOUT:
+            return func(*args)
         if func is F.embedding:
             found = _plain_lookup(*args, **kwargs)
             if found is not None:
