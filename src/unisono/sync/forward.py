@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-
 ABOUT = frozenset(
     getattr(torch.Tensor, name).__get__
     for name in ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "grad")
