@@ -58,6 +58,13 @@ class Text(nn.Module):
         return x + self.positions(torch.arange(ids.shape[-1]))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.kind == "asked":  # for what is no use of it
+            assert self.embed.weight.requires_grad and self.embed.weight.dtype == torch.float32
+            assert (
+                self.embed.weight.shape == (VOCAB, DIM) and self.embed.weight.device.type == "cpu"
+            )
+        if self.kind == "hooked" and not self.embed.weight._backward_hooks:
+            self.embed.weight.register_hook(lambda g: g * (torch.arange(VOCAB) % 2)[:, None])
         if self.kind in ("checkpointed", "reentrant"):
             x = checkpoint(self.looked_up, ids, use_reentrant=self.kind == "reentrant")
         else:
@@ -140,7 +147,7 @@ def trained(world, kind: str, wire: str) -> list:
     return found
 
 
-KINDS = ["tied", "untied", "padded", "twice", "beside", "partly"]
+KINDS = ["tied", "untied", "padded", "twice", "beside", "partly", "hooked", "asked"]
 
 
 def each_kind_trained(world, wire: str) -> list[list]:
@@ -153,8 +160,10 @@ def test_rows_equal_a_plain_loop(size: int, wire: str) -> None:
     assert all(r == results[0] for r in results), "replicas differ"
     for kind, found in zip(KINDS, results[0], strict=True):
         for _, tables in found:
-            assert tables.keys() == {"embed.weight", "positions.weight", "segments.weight"}
-            assert tables["embed.weight"] == (kind in ("tied", "beside", "partly"))
+            assert tables.keys() ^ {"positions.weight", "segments.weight"} == (
+                set() if kind == "hooked" else {"embed.weight"}
+            )
+            assert tables.get("embed.weight", False) == (kind in ("tied", "beside", "partly"))
             assert not tables["positions.weight"] and not tables["segments.weight"]
 
 
@@ -433,7 +442,6 @@ def not_finite(world, rank: int, name: str) -> tuple[int, str] | None:
     sync.finish()
     assert not sync.update(divide_by=4.0, max_norm=1.0, learning_rate=RATE).committed
     found = sync.blame()
-    sync.discard()
     assert before == sha256(dict(sync.replicated()))
     train(world, sync, alone, range(3, 5), 1)
     assert_equal(sync, alone)

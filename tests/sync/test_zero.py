@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ranks import run_ranks
 from unisono.errors import UnisonoError
 from unisono.sync import make_strategy
+from unisono.sync import shard as shard_file
 from unisono.sync.digest import sha256
 from unisono.sync.ledger import Group, Handle, Ledger
 from unisono.sync.shard import Shard
@@ -348,6 +349,47 @@ def test_every_way_of_use_is_seen_by_the_test_above() -> None:
     assert not set(unseen[0]) & set(unseen[1])
 
 
+@torch.jit.script
+def scripted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x @ weight
+
+
+class Scripted(nn.Module):
+    """`hidden` is used by TorchScript, from step `since` on."""
+
+    def __init__(self, since: int) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last = nn.Linear(6, 20), nn.Linear(20, 3)
+        self.hidden = Parameter(torch.randn(20, 20) / 5)
+        self.step, self.since = 0, since
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(scripted(x, self.hidden) if self.step >= self.since else x @ self.hidden)
+
+
+def used_unseen(world, since: int) -> str:
+    hold_gathers_back()
+    sync, alone = shard(Scripted(since), bucket_mb=1e-5), Alone(Scripted(since))
+    try:
+        for step in range(4):
+            sync.model.step = alone.model.step = step
+            both(world, sync, alone, range(step, step + 1), mine=2)
+    except UnisonoError as error:
+        sync.finish()
+        return str(error)
+    assert_equal(sync, alone)
+    return ""
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_uses_that_torch_does_not_show_are_waited_for_or_refused(size: int) -> None:
+    assert run_ranks(used_unseen, size, 0) == [""] * size
+    for told in run_ranks(used_unseen, size, 2):
+        assert "hidden was used before its new value was there" in told
+
+
 # --- checkpointing, accumulation, and what happens between steps
 
 
@@ -422,6 +464,33 @@ def between_steps(world) -> list[int]:
 def test_between_steps_everything_can_be_read(size: int) -> None:
     """And a step communicates once, whatever the accumulation: one small sum besides."""
     assert run_ranks(between_steps, size) == [[1] * 5] * size
+
+
+def sparse(world) -> str:
+    """A sparse gradient of the first micro-batch alone, and then of the last one."""
+
+    def model() -> nn.ModuleDict:
+        torch.manual_seed(2)
+        return nn.ModuleDict({"embed": nn.Embedding(9, 6, sparse=True), "out": nn.Linear(6, 3)})
+
+    def loss(m: nn.ModuleDict, step: int, r: int, k: int) -> torch.Tensor:
+        x = rows(step, r, k)
+        if k == step % 2:
+            x = x + m["embed"](torch.arange(len(x)) + r)
+        return m["out"](torch.tanh(x)).square().sum()
+
+    sync, alone = shard(model(), sgd), Alone(model(), sgd)
+    for step in range(5):
+        take(sync, [lambda k=k, s=step: loss(sync.model, s, world.rank, k) for k in range(2)])
+        for r, k in ((r, k) for r in range(world.size) for k in range(2)):
+            loss(alone.model, step, r, k).backward()
+        alone.model["embed"].weight.grad = alone.model["embed"].weight.grad.to_dense()
+        alone.step([])
+    return assert_equal(sync, alone)
+
+
+def test_sparse_gradients_of_any_micro_batch() -> None:
+    assert len(set(run_ranks(sparse, 3))) == 1
 
 
 def closed(world) -> None:
@@ -535,6 +604,43 @@ def test_what_is_not_finite_changes_nothing_and_is_traced(
 def test_in_the_first_step_nobody_is_blamed_wrongly(size: int) -> None:
     seen = {b for b in run_ranks(blamed, size, 1, "2.weight", 0, "float32") if b is not None}
     assert seen <= {(1, "2.weight")}, "what is not known is not guessed"
+
+
+def out_of_memory(world, allocation: int) -> tuple[int, str]:
+    """Rank 1 has no memory for the pieces that arrive, in the midst of a bucket of several chunks."""
+    shard_file.CHUNK_BYTES = 64
+    sync, alone = shard(tower(), bucket_mb=1e-4), Alone(tower())
+    both(world, sync, alone, range(1))
+
+    class Scarce:
+        left = allocation
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+            self.left -= 1
+            if not self.left:
+                raise torch.OutOfMemoryError
+            return torch.empty_like(tensor)
+
+    if world.rank == 1:
+        shard_file.torch = Scarce()
+    failed = False
+    try:
+        with sync.micro_batch():
+            loss_of(sync.model, rows(1, world.rank)).backward()
+    except torch.OutOfMemoryError:
+        failed = True
+    assert sync.finish(float(failed)) == [1.0]
+    sync.discard()
+    both(world, sync, alone, range(2, 5))
+    return sync._scatters._sequence, assert_equal(sync, alone)
+
+
+def test_memory_that_runs_out_while_a_bucket_leaves() -> None:
+    for allocation in (1, 2, 3):
+        assert len(set(run_ranks(out_of_memory, 3, allocation))) == 1
 
 
 def too_large(world) -> None:
@@ -821,6 +927,48 @@ def rebucketed_each_way(world) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_other_buckets_in_the_middle_change_nothing(size: int) -> None:
     run_ranks(rebucketed_each_way, size)
+
+
+class Scalar(nn.Module):
+    """Between two matrices, a weight without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner, self.scale, self.out = nn.Linear(6, 20), Parameter(torch.tensor(0.7)), nn.Linear(20, 3)  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.inner(x)) * self.scale)
+
+
+def scalar_moved(world) -> None:
+    for optimizer in (adamw, sgd):
+        sync, alone = shard(Scalar(), optimizer), Alone(Scalar(), optimizer)
+        both(world, sync, alone, range(2))
+        for size in (0.0005, 100.0, 1e-5):
+            sync.rebucket(size)
+            both(world, sync, alone, range(2, 4))
+        assert_equal(sync, alone)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_state_of_a_scalar_moves_too(size: int) -> None:
+    run_ranks(scalar_moved, size)
+
+
+def loaded_late(world) -> list[float]:
+    """Masters that are loaded while weights are on their way."""
+    hold_gathers_back()
+    sync = shard(tower())
+    for step in range(2):
+        take(sync, [lambda s=step: loss_of(sync.model, rows(s, world.rank))])
+    sync.load_optimizer_state({f"{MASTER}.0.weight": torch.full((20, 6), 0.5)})
+    sync.settle()
+    return sorted(set(sync.model[0].weight.flatten().tolist()))
+
+
+def test_what_is_loaded_is_not_overtaken() -> None:
+    assert run_ranks(loaded_late, 2) == [[0.5]] * 2
 
 
 def before_the_first_step(world) -> str:

@@ -2,7 +2,8 @@
 
 `Watch` sees every torch function while it is entered and tells its owner before a parameter is used,
 whoever uses it: a module its own, a parent its child's (nn.MultiheadAttention does), or user code.
-Module hooks would miss the last two. Cost: 1 to 3 us for each torch function called from Python.
+Module hooks would miss the last two. What runs outside of Python (TorchScript, C++ extensions) does
+not show; sync/zero.py finds it in the first step. Cost: 1 to 3 us for each torch function called from Python.
 """
 
 from typing import Any, Protocol
@@ -11,6 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
+
+ABOUT = frozenset(
+    getattr(torch.Tensor, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "grad")
+)
+"""Attributes that tell about a weight without reading it. Models ask an embedding for its type before
+they look anything up (Gemma 3 does), and that is no use of it."""
 
 
 class Owner(Protocol):
@@ -36,6 +44,8 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in ABOUT:
+            return func(*args)
         if func is F.embedding:
             found = _plain_lookup(*args, **kwargs)
             if found is not None:

@@ -128,9 +128,12 @@ class Shard:
             self._row = torch.empty(
                 self.layout.row_length, dtype=self.wire, device=self.layout.device
             )
-        for (a, b), rows in zip(self._chunks, outgoing, strict=True):
-            one = None if self._row is None else self._row[a:b].unsqueeze(0)
-            received = torch.empty_like(rows) if one is None else one
+            self._received = [self._row[a:b].unsqueeze(0) for a, b in self._chunks]
+        else:
+            self._received = [torch.empty_like(rows) for rows in outgoing]
+        # All memory is there before anything leaves: a rank that has none begins again in `finish`, and
+        # what it had sent already would travel twice.
+        for received, rows in zip(self._received, outgoing, strict=True):
             if self._native:
                 self._scatters.append(group.reduce_scatter(received, rows))
             else:
@@ -138,7 +141,6 @@ class Shard:
                 self._scatters.append(
                     group.all_to_all_rows(received.view(-1), rows.view(-1), lengths, lengths)
                 )
-            self._received.append(received)
 
     def arrived(self) -> bool:
         return all(handle.done() for handle in self._scatters)

@@ -28,7 +28,7 @@ become ready and weights are needed. `layout()` keeps it for a resume.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -60,9 +60,10 @@ TABLE_SHARE = 0.25
 """Rows that each rank may receive, as a share of the table, for rows to be worth sending alone."""
 TAIL_SHARE = 0.25
 """Size of the bucket that is filled last (and needed first) beside the others."""
-LAYOUT = ("order", "needs", "tables", "dense")
+LAYOUT = ("order", "needs", "tables", "dense", "unseen")
 """What the first step learns: parameter indices in the order of gradients and of needs, embeddings
-whose rows travel by themselves, and those of them that have another use besides."""
+whose rows travel by themselves, those of them that have another use besides, and parameters that are
+used where torch functions are not seen (TorchScript, C++ extensions)."""
 
 
 def _saving_is_hooked() -> bool:
@@ -169,6 +170,8 @@ class Zero:
                 first.micro_batch(last) if first else nullcontext(),
                 self._watch if watching else nullcontext(),
             ):
+                for i in self._learned.get("unseen", ()):
+                    self._wait_for(i)
                 yield
         finally:
             self._last = True
@@ -211,6 +214,7 @@ class Zero:
             return Update(math.nan, committed=False)
         norm = math.sqrt(self._square) / divide_by if is_finite(self._square) else math.nan
         if not is_finite(norm):
+            self.discard()  # a table's sum would be the beginning of the next one
             return Update(norm, committed=False)
         factor = clip_factor(norm, divide_by, max_norm)
         for shard in self._returns:
@@ -285,6 +289,7 @@ class Zero:
     @torch.no_grad()
     def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take this rank's part of a saved state; before the first step it is kept until then."""
+        self.settle()  # what arrives later would lie upon it
         if self._first:
             self._saved = tensors
             return
@@ -333,7 +338,11 @@ class Zero:
             return
         if self._first:
             self._uses.append(i)
-        elif self._under_way and self._places[i][0].gather is not None:
+        else:
+            self._wait_for(i)
+
+    def _wait_for(self, i: int) -> None:
+        if self._under_way and self._places[i][0].gather is not None:
             with torch.no_grad(), self.ledger.clock("communication"):
                 self._under_way -= self._places[i][0].receive_weights()
 
@@ -345,6 +354,8 @@ class Zero:
         # Recomputed in the backward pass, where torch functions are not seen, a lookup would be the
         # plain one: in checkpointed segments (no gradient, or hooks on what is saved) it is so too.
         if i is None or not torch.is_grad_enabled() or _saving_is_hooked():
+            return None
+        if weight._backward_hooks:  # they are meant for the whole gradient
             return None
         if self._first:
             self._uses.append(~i)  # a lookup; `on_use` follows
@@ -364,7 +375,15 @@ class Zero:
         if self._reached[i]:
             refuse_second(self.names[i])
         self._used[i] = True
+        assert param.grad is not None
+        if param.grad.is_sparse:
+            param.grad = param.grad.to_dense()
         shard, _ = self._places[i]
+        if shard.gather is not None:
+            raise UnisonoError(
+                f"{self.names[i]} was used before its new value was there: by something that is not "
+                f"seen (TorchScript, C++) and was not in the first step; write shard_optimizer: false"
+            )
         if not shard.sends_gradients:
             if self._announced:
                 refuse_second(self.names[i])
@@ -379,9 +398,6 @@ class Zero:
             rows = self._announce_rows()
             if rows:
                 rows.advance()
-            assert param.grad is not None
-            if param.grad.is_sparse:
-                param.grad = param.grad.to_dense()
             self._pack(i, param.grad)
             shard.pending -= 1
             while self._num_sent < len(self._shards):
@@ -472,7 +488,7 @@ class Zero:
             self.discard()
             return False
         with self.ledger.clock("communication"):
-            self._learned = self._agree(first.layout()["order"])
+            self._learned = self._agree(first.layout()["order"], gradients)
             first.close()
             self._first = None
             self._used_anywhere = [g is not None for g in gradients]
@@ -484,15 +500,18 @@ class Zero:
             self._square = norm * norm
         return True
 
-    def _agree(self, order: list[int]) -> dict[str, list[int]]:
-        """Collective: rank 0's order of needs, and the tables of all ranks."""
+    def _agree(
+        self, order: list[int], gradients: Sequence[torch.Tensor | None]
+    ) -> dict[str, list[int]]:
+        """Collective: rank 0's order of needs, and the tables and unseen uses of all ranks."""
         count = len(self.params)
         # ~i, i is a lookup in parameter i; any other i another use of it.
         lookups = {k + 1 for k, i in enumerate(self._uses) if i < 0}
         other = {i for k, i in enumerate(self._uses) if i >= 0 and k not in lookups}
         touched = [float(self._touched.get(i, 0)) for i in range(count)]
-        every = self._control.each(*touched, *(float(i in other) for i in range(count)))
-        most, used = every.amax(dim=0).view(2, count).tolist()
+        mine = [float(i in uses) for uses in (other, set(self._uses)) for i in range(count)]
+        every = self._control.each(*touched, *mine)
+        most, used, visible = every.amax(dim=0).view(3, count).tolist()
         tables = [i for i, rows in enumerate(most) if self._is_table(i, rows)]
         seen = [
             i for k, i in enumerate(self._uses) if i >= 0 and not (k in lookups and i in tables)
@@ -500,8 +519,13 @@ class Zero:
         needs = torch.tensor(list(dict.fromkeys([*seen, *range(count)])), dtype=torch.int64)
         self._control.broadcast(needs).wait()
         self._uses, self._touched = [], {}
-        dense = [i for i in tables if used[i]]
-        return {"order": order, "needs": needs.tolist(), "tables": tables, "dense": dense}
+        return {
+            "order": order,
+            "needs": needs.tolist(),
+            "tables": tables,
+            "dense": [i for i in tables if used[i]],
+            "unseen": [i for i, g in enumerate(gradients) if g is not None and not visible[i]],
+        }
 
     def _is_table(self, i: int, touched: float) -> bool:
         p = self.params[i]
@@ -562,9 +586,9 @@ class Zero:
         i = self._index[name]
         shard, place = self._places[i]
         piece, (_, begin, end) = shard.pieces[place], shard.spans[place]
-        part = whole.reshape(-1)[begin:end] if whole.dim() else whole
-        if shard.whole:
-            part = whole
+        # A count of the optimizer's has no dimensions, and neither has the state of a scalar weight.
+        is_count = not whole.dim() and (state == "step" or self.params[i].dim() > 0)
+        part = whole if is_count or shard.whole else whole.reshape(-1)[begin:end]
         if state != MASTER:
             shard.optimizer.state[piece][state] = part.to(piece.device, copy=True)
         elif shard.whole or shard.master is shard.row:
