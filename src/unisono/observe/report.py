@@ -90,9 +90,10 @@ class Folder:
     def lines(self, name: str, what: str, how: str) -> list[Row]:
         """The rows of a file, those with a step."""
         try:
-            rows = list(read_lines(self.path / name))
+            # In this order: a row that a running job adds meanwhile is not taken for a torn one.
             with (self.path / name).open("rb") as file:
                 lines = sum(1 for _ in file)
+            rows = list(read_lines(self.path / name))
         except FileNotFoundError:
             self.lacks(what, f"{name} is not there", how)
             return []
@@ -566,7 +567,7 @@ def _in_order_of_interest(steps: list[int]) -> list[int]:
 def _step(step: int, rows: list[Row], most: int) -> Row | None:
     """One step, at most `most` ranks of it."""
     spans = {r["rank"]: _spans(r["spans"]) for r in rows}
-    collectives = {r["rank"]: _collectives(r.get("collectives")) for r in rows}
+    collectives = {r["rank"]: _collectives(r) for r in rows}
     ends = [s[2] for each in spans.values() for s in each]
     if not ends:
         return None
@@ -576,7 +577,7 @@ def _step(step: int, rows: list[Row], most: int) -> Row | None:
         for c in each:
             arrivals[c["key"]].append((c["started"], rank))
     # Only where all ranks have the entry is it known who came last.
-    last = {k: max(a) for k, a in arrivals.items() if len(a) == len(rows) > 1}
+    last = {k: max(a) for k, a in arrivals.items() if len(a) == (len(k[-1]) or len(rows)) > 1}
     waits: dict[tuple[int, int], float] = defaultdict(float)
     ranks = []
     kept = _some_ranks(
@@ -632,16 +633,19 @@ def _spans(raw: Any) -> list[list[float]]:
     return found
 
 
-def _collectives(raw: Any) -> list[Row]:
+def _collectives(row: Row) -> list[Row]:
+    """Those of a row; `key` is the same on all ranks that take part, and ends with them, () for all."""
     found = []
-    for item in objects(raw):
+    for item in objects(row.get("collectives")):
         if number(item.get("started_ms")) is None:
             continue
         operation, group = str(item.get("operation", "")), str(item.get("group", ""))
         sequence = int(number(item.get("sequence")) or 0)
+        members = at(row.get("groups"), group)
+        members = tuple(map(str, members)) if isinstance(members, list) else ()
         found.append(
             {
-                "key": (operation, group, sequence),
+                "key": (operation, group, sequence, members),
                 "operation": operation,
                 "group": group,
                 "sequence": sequence,
@@ -660,27 +664,28 @@ def _collectives(raw: Any) -> list[Row]:
 def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
     """Collectives of the recorded steps beside the probe's: [whole tensor's bytes, bus MB/s].
 
-    nccl-tests' bus bandwidth is what each rank sends over the time. A collective has begun when the
-    last rank came and is known to have ended when the first rank knew; overlapped with computation
-    it may have ended before that, so that these are lower bounds.
+    nccl-tests' bus bandwidth is what each rank sends over the time, of a broadcast the whole. A
+    collective has begun when the last rank came and is known to have ended when the first rank knew;
+    overlapped with computation it may have ended before that, so that these are lower bounds.
     """
     found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     ranks: dict[int, set[int]] = defaultdict(set)
     for row in rows:
         if isinstance(row.get("rank"), int):
             ranks[row["step"]].add(row["rank"])
-            for c in _collectives(row.get("collectives")):
+            for c in _collectives(row):
                 found[(row["step"], *c["key"])].append(c)
     points: dict[str, list[list[float]]] = defaultdict(list)
-    for (step, operation, _, _), each in found.items():
-        n = len(ranks[step])
+    for (step, operation, _, _, members), each in found.items():
+        n = len(members) or len(ranks[step])
         if n < 2 or len(each) != n or any(c["finished"] is None for c in each):
             continue
         seconds = (min(c["finished"] for c in each) - max(c["started"] for c in each)) / 1e3
         sent = max(c["bytes"] for c in each)
         if seconds > 0 and sent > 0:
-            whole = sent * n / (n - 1) / (2 if operation == "all-reduce" else 1)
-            points[operation].append([round(whole), short(sent / seconds / 1e6)])
+            whole = sent / _sent_of_whole(operation, n)
+            bus = whole if operation == "broadcast" else sent
+            points[operation].append([round(whole), short(bus / seconds / 1e6)])
     lines: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
     for p in objects(probe.get("collectives")):
         size, speed = number(p.get("bytes")), number(p.get("busbw_GBps"))
@@ -696,6 +701,13 @@ def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
             for (operation, axis), v in sorted(lines.items())
         ][:16],
     }
+
+
+def _sent_of_whole(operation: str, n: int) -> float:
+    """What the rank that sends most sends, over the whole tensor (sync/ledger.py)."""
+    if operation == "broadcast":
+        return n - 1
+    return (2 if operation == "all-reduce" else 1) * (n - 1) / n
 
 
 def _thin(points: list[list[float]], most: int = 250) -> list[list[float]]:
