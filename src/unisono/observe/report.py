@@ -230,6 +230,7 @@ def view(path: Path) -> Row:
         "tiles": _tiles(rows, receipt, step, last, forecast),
         "time": _time(rows, receipt),
         "advice": _advice(receipt),
+        "batch": _batch_advice(receipt),
         "timeline": timeline(steps),
         "charts": _charts(rows, plan, receipt, forecast, folder),
         "forecast": _forecast(forecast, receipt, rows),
@@ -386,18 +387,31 @@ def _advice(receipt: Row) -> list[Row]:
     ]
 
 
+def _batch_advice(receipt: Row) -> list[str]:
+    lines = at(receipt, "batch_advice", "lines")
+    return [str(text) for text in lines] if isinstance(lines, list) else []
+
+
+def _noise(rows: list[Row]) -> list[list[float]]:
+    """[step, noise scale, low, high], only where the interval has both ends: else it is not known."""
+    names = [f"batch/noise_scale_{end}tokens" for end in ("", "low_", "high_")]
+    points = [[r["step"], *(number(r.get(n)) for n in names)] for r in rows]
+    known = sorted((p for p in points if None not in p), key=lambda p: p[0])
+    return [[x, *map(short, y)] for x, *y in known[:: math.ceil(len(known) / MOST_POINTS) or 1]]
+
+
 def _charts(
     rows: list[Row], plan: Row, receipt: Row, forecast: Row, folder: Folder
 ) -> list[Row]:  # fmt: skip
     batch = (number(plan.get("global_batch_size")) or 0) * (
         number(plan.get("sequence_length")) or 0
     )
-    noise = series(rows, "batch/noise_scale_tokens")
+    noise = _noise(rows)
     if not noise:
         folder.lacks(
             "Gradient noise scale",
-            "no row of metrics.jsonl has batch/noise_scale_tokens",
-            "it needs two replicas, or two micro-batches a step, and a dozen steps",
+            "no row of metrics.jsonl has it within bounds",
+            "it needs two replicas, or two micro-batches a step, and more steps",
         )
     memory = series(rows, "perf/memory_bytes")
     if not memory:
@@ -426,7 +440,8 @@ def _charts(
             line("noise scale", noise, "a"),
             line("critical batch", series(rows, "batch/critical_tokens"), "b"),
         ], rules=[("this batch", batch or None)], log=True,
-            note="Below the noise scale a larger batch still saves steps; far above it, it saves none."),
+            note="Below the noise scale a larger batch still saves steps; far above it, it saves none. "
+                 "Band: where the noise scale lies with 95% certainty; a wide band says little."),
         chart("memory", "Memory", "GiB", [line("in use", series(rows, "perf/memory_bytes", 2**-30), "a")],
               rules=[("model and optimizer", (number(plan.get("model_bytes")) or 0) / 2**30),
                      ("forecast", (number(forecast.get("memory_bytes")) or 0) / 2**30)], zero=True),
