@@ -94,6 +94,8 @@ def metrics_row(step: int) -> dict[str, Any]:
         "comm/exposed_fraction": 0.03,
         "comm/waiting_fraction": 0.05,
         "batch/noise_scale_tokens": 3000.0 + step,
+        "batch/noise_scale_low_tokens": 2500.0,
+        "batch/noise_scale_high_tokens": 4000.0,
         "batch/critical_tokens": 4000.0,
         **{f"time/{p}_s": 0.3 * s for p, s in zip(PHASES, SHARES, strict=True)},
     }

@@ -64,6 +64,64 @@ def test_bandwidth_counts_from_the_last_arrival(run: Path) -> None:
     assert [x["operation"] for x in found["lines"]] == ["all-reduce"]
 
 
+def test_a_noise_scale_without_a_bound_is_not_drawn(run: Path) -> None:
+    """And what the run said about its batch is on the page, so that both say the same."""
+    rows = [metrics_row(s) for s in (1, 2, 3)]
+    del rows[1]["batch/noise_scale_high_tokens"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    receipt = json.loads((run / "receipt.json").read_text())
+    receipt |= {"step": 3, "batch_advice": {"lines": ["Batch: it pays"]}}
+    (run / "receipt.json").write_text(json.dumps(receipt))
+    shown = report.view(run)
+    [chart] = [c for c in shown["charts"] if c["id"] == "noise"]
+    assert chart["lines"][0]["points"] == [[1, 3001, 2500, 4000], [3, 3003, 2500, 4000]]
+    assert shown["batch"] == ["Batch: it pays"]
+
+
+def in_pairs(operation: str, sent_bytes: list[int]) -> list[dict[str, Any]]:
+    """One step of 4 ranks in two groups of one name, of which the second is 50 ms later."""
+    rows = [timeline_row(5, rank) for rank in range(4)]
+    for rank, row in enumerate(rows):
+        [c] = row["collectives"]
+        first = rank // 2 * 2
+        row["groups"] = {"shard": [first, first + 1]}
+        come = 100 + 20 * (rank % 2) + 50 * (rank // 2)
+        c |= {"operation": operation, "group": "shard", "sent_bytes": sent_bytes[rank % 2]}
+        end = 125 + 50 * (rank // 2)
+        c |= {"started_ms": come, "finished_ms": end, "waited_ms": end - come}
+    return rows
+
+
+def test_groups_of_one_name_are_told_apart() -> None:
+    rows = in_pairs("all-reduce", [1_000_000, 1_000_000])
+    shown = report.timeline(rows)
+    assert shown
+    [step] = shown["steps"]
+    assert [c[7] for r in step["ranks"] for c in r["collectives"]] == [1, 1, 3, 3]
+    assert step["waits"] == [[0, 1, 20.0], [2, 3, 20.0]]
+    found = report._bandwidth(rows, {})
+    assert found and found["points"][0]["points"] == [[1_000_000, 200.0]] * 2
+
+
+def test_bandwidth_of_a_broadcast_is_of_the_whole_tensor() -> None:
+    found = report._bandwidth(in_pairs("broadcast", [1_000_000, 0]), {})
+    assert found and found["points"][0]["points"] == [[1_000_000, 200.0]] * 2
+
+
+def test_a_row_that_is_added_while_the_file_is_read_is_not_torn(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = report.read_lines
+
+    def read_while_written(path: Path) -> Any:
+        rows = list(read(path))
+        write_lines(path, [metrics_row(300)])
+        return rows
+
+    monkeypatch.setattr(report, "read_lines", read_while_written)
+    assert report.view(run)["missing"] == []
+
+
 def test_long_series_keep_their_extremes() -> None:
     rows = [{"step": k, "v": math.sin(k)} for k in range(1, 10_001)]
     rows[6000]["v"] = 50.0
@@ -304,6 +362,18 @@ def test_charts_are_drawn_without_errors_or_network(
     for box in page.locator("figure svg text").all():
         edges = box.bounding_box()
         assert edges is None or (edges["x"] >= -1 and edges["x"] + edges["width"] <= wide[1] + 1), box.inner_text()  # fmt: skip
+
+
+def test_names_at_the_ends_of_lines_are_not_cut_off(
+    browser: Any, run: Path, tmp_path: Path
+) -> None:
+    page = opened(browser, [run], tmp_path, viewport=DESK).page
+    for chart in page.locator("figure svg").all():
+        edge = chart.bounding_box()
+        assert edge
+        for text in chart.locator("text.label").all():
+            box = text.bounding_box()
+            assert box and box["x"] + box["width"] <= edge["x"] + edge["width"], text.inner_text()
 
 
 def test_tooltips_by_pointer_and_keyboard(browser: Any, run: Path, tmp_path: Path) -> None:

@@ -72,7 +72,14 @@ def test_only_this_host_is_answered(server: Server) -> None:
     port = int(server.url.rstrip("/").rpartition(":")[2])
     listening = [c for c in psutil.Process(server._process.pid).net_connections() if c.status == "LISTEN"]  # fmt: skip
     assert [tuple(c.laddr) for c in listening] == [("127.0.0.1", port)]
-    for host, status in ((f"localhost:{port}", 200), ("evil.example", 403), (f"evil.example:{port}", 403)):  # fmt: skip
+    for host, status in (
+        (f"localhost:{port}", 200),
+        ("localhost:9000", 200),  # ssh -L 9000:127.0.0.1:8642
+        ("evil.example", 403),
+        (f"evil.example:{port}", 403),
+        ("localhost.evil.example", 403),
+        ("", 403),
+    ):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET", "/data.json", headers={"Host": host})
         assert connection.getresponse().status == status
@@ -98,7 +105,6 @@ def test_without_the_extra_metrics_says_what_to_install(
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     handler = object.__new__(serve.Handler)
     handler.page, handler.path = serve.Page(run), "/metrics"
-    handler.connection = type("C", (), {"getsockname": lambda self: ("127.0.0.1", 1)})()
     handler.headers = {"Host": "127.0.0.1:1"}
     assert handler._respond() == (404, "text/plain", b"not installed: pip install 'unisono[prometheus]'\n")  # fmt: skip
 

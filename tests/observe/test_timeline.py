@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jobs import make_job, run, write_corpus
 from ranks import run_ranks
-from unisono.observe import timeline
+from unisono.observe import report, timeline
 from unisono.sync.ledger import Entry, Group, Ledger
 
 
@@ -102,6 +102,23 @@ def test_a_run_records_whole_steps_of_every_rank(tmp_path: Path, replicas: int) 
     kinds = [{(c["operation"], c["group"], c["sequence"]) for c in r["collectives"]} for r in rows if r["step"] == 7]  # fmt: skip
     assert all(k == kinds[0] for k in kinds)
     assert bool(kinds[0]) == (replicas > 1)
+
+
+def test_groups_that_not_all_ranks_share_are_told_apart(tmp_path: Path) -> None:
+    """Two pairs of shards, whose groups have one name and count alike."""
+    corpus, output = write_corpus(tmp_path), tmp_path / "run"
+    mesh = {"sync": "sharded", "mesh": {"replica": 2, "shard": 2}}
+    config = make_job(corpus, output, max_steps=7, **mesh)
+    run_ranks(run, 4, config, join=False, env=cache(tmp_path))
+    rows = rows_of(output)
+    assert [r["groups"]["shard"] for r in rows[:4]] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    shown = report.timeline(rows)
+    assert shown
+    for step in shown["steps"]:
+        for rank in step["ranks"]:
+            pair = {rank["rank"], rank["rank"] ^ 1}
+            last = {c[7] for c in rank["collectives"] if c[1] == "shard"}
+            assert last and last <= pair
 
 
 def late_clock(world) -> None:

@@ -1,5 +1,6 @@
 """Hangs and desynchronization are named in one line, and nothing else is."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,41 @@ def test_two_ranks_of_which_one_is_aborted_by_gloo(tmp_path: Path) -> None:
     assert "rank 0 began all-reduce of 8 bytes" in line
 
 
+class LastWord:
+    """A board on which the other rank's last word comes late."""
+
+    place, rank, size = "", 0, 2
+
+    def __init__(self, *records: verdict.Record) -> None:
+        self.records = iter(records)
+
+    def post(self, record: bytes) -> None: ...
+
+    def read(self) -> dict[int, bytes]:
+        return {1: next(self.records).to_json()}
+
+    def silent_s(self) -> float:
+        return 0.0
+
+    def own_tape(self) -> None: ...
+
+    def tape(self, rank: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_last_word_is_waited_for() -> None:
+    """The rank has said why it ends, and is gone before its record is read."""
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    living = verdict.Record(7, ended.pid, watch._machine(), "h", "compute", [])
+    word = replace(living, beat=8, ended=verdict.LOST + "rank 3 is gone")
+    looking = watch.Watch(Ledger(), LastWord(living, living, word))
+    looks = [looking._look(looking._record()) for _ in range(3)]
+    looking.end()
+    assert [verdict.judge(0, seen) for seen in looks] == [None] * 3
+
+
 # --- ranks that meet through a TCPStore, as under torchrun
 
 
@@ -343,6 +380,24 @@ def test_a_machine_that_sleeps_names_nobody(tmp_path: Path) -> None:
     assert said(tmp_path) == []
 
 
+@pytest.mark.parametrize("through_a_store", [False, True])
+def test_a_machine_that_sleeps_for_longer_than_the_timeout_blames_nobody(
+    tmp_path: Path, meeting: dict[str, str], through_a_store: bool
+) -> None:
+    env = meeting if through_a_store else None
+    with started(take_part, 3, str(tmp_path), be_late_for_long, 4.0, join=True, env=env) as ranks:
+        wait_for(lambda: steps(tmp_path) == {5})
+        time.sleep(3 * watch.BEAT_S + verdict.PATIENCE_S)  # the others look
+        ranks.signal(signal.SIGSTOP)
+        time.sleep(12.0)  # longer than it takes to call a silent rank blocked
+        ranks.signal(signal.SIGCONT)
+        wait_for(lambda: {0, 1} <= ends(tmp_path).keys())
+    for rank in (0, 1):
+        line = ends(tmp_path)[rank]
+        assert " did not run for 1" in line, line
+    assert not [line for line in said(tmp_path) if line.startswith("hang")]
+
+
 def slowly(function: Callable, seconds: float) -> Callable:
     def slow(*args: object, **options: object) -> object:
         time.sleep(seconds)
@@ -395,7 +450,22 @@ def hold_the_interpreter(world) -> None:
     loop.evaluate = evaluate_long
 
 
-@pytest.mark.parametrize("patch", [late_for_good_reasons, compile_first, hold_the_interpreter])
+def hold_the_interpreter_and_wait(world) -> None:
+    """Rank 1 waits for a disk in one call of C, as safetensors did up to 0.6 while it wrote."""
+    from unisono.train import loop
+
+    verdict.BLOCKED_S = 1.5
+    evaluate = loop.evaluate
+
+    def evaluate_long(*args: object, **options: object) -> object:
+        if world.rank == 1:
+            ctypes.PyDLL(None).sleep(5)
+        return evaluate(*args, **options)
+
+    loop.evaluate = evaluate_long
+
+
+@pytest.mark.parametrize("patch", [late_for_good_reasons, compile_first, hold_the_interpreter, hold_the_interpreter_and_wait])  # fmt: skip
 def test_who_is_late_for_a_good_reason_is_not_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: Callable
 ) -> None:

@@ -93,9 +93,10 @@ class Folder:
     def lines(self, name: str, what: str, how: str) -> list[Row]:
         """The rows of a file, those with a step."""
         try:
-            rows = list(read_lines(self.path / name))
+            # In this order: a row that a running job adds meanwhile is not taken for a torn one.
             with (self.path / name).open("rb") as file:
                 lines = sum(1 for _ in file)
+            rows = list(read_lines(self.path / name))
         except FileNotFoundError:
             self.lacks(what, f"{name} is not there", how)
             return []
@@ -232,6 +233,7 @@ def view(path: Path) -> Row:
         "tiles": _tiles(rows, receipt, step, last, forecast),
         "time": _time(rows, receipt),
         "advice": _advice(receipt),
+        "batch": _batch_advice(receipt),
         "timeline": timeline(steps),
         "charts": _charts(rows, plan, receipt, forecast, folder),
         "forecast": _forecast(forecast, receipt, rows),
@@ -389,18 +391,31 @@ def _advice(receipt: Row) -> list[Row]:
     ]
 
 
+def _batch_advice(receipt: Row) -> list[str]:
+    lines = at(receipt, "batch_advice", "lines")
+    return [str(text) for text in lines] if isinstance(lines, list) else []
+
+
+def _noise(rows: list[Row]) -> list[list[float]]:
+    """[step, noise scale, low, high], only where the interval has both ends: else it is not known."""
+    names = [f"batch/noise_scale_{end}tokens" for end in ("", "low_", "high_")]
+    points = [[r["step"], *(number(r.get(n)) for n in names)] for r in rows]
+    known = sorted((p for p in points if None not in p), key=lambda p: p[0])
+    return [[x, *map(short, y)] for x, *y in known[:: math.ceil(len(known) / MOST_POINTS) or 1]]
+
+
 def _charts(
     rows: list[Row], plan: Row, receipt: Row, forecast: Row, folder: Folder
 ) -> list[Row]:  # fmt: skip
     batch = (number(plan.get("global_batch_size")) or 0) * (
         number(plan.get("sequence_length")) or 0
     )
-    noise = series(rows, "batch/noise_scale_tokens")
+    noise = _noise(rows)
     if not noise:
         folder.lacks(
             "Gradient noise scale",
-            "no row of metrics.jsonl has batch/noise_scale_tokens",
-            "it needs two replicas, or two micro-batches a step, and a dozen steps",
+            "no row of metrics.jsonl has it within bounds",
+            "it needs two replicas, or two micro-batches a step, and more steps",
         )
     memory = series(rows, "perf/memory_bytes")
     if not memory:
@@ -429,7 +444,8 @@ def _charts(
             line("noise scale", noise, "a"),
             line("critical batch", series(rows, "batch/critical_tokens"), "b"),
         ], rules=[("this batch", batch or None)], log=True,
-            note="Below the noise scale a larger batch still saves steps; far above it, it saves none."),
+            note="Below the noise scale a larger batch still saves steps; far above it, it saves none. "
+                 "Band: where the noise scale lies with 95% certainty; a wide band says little."),
         chart("memory", "Memory", "GiB", [line("in use", series(rows, "perf/memory_bytes", 2**-30), "a")],
               rules=[("model and optimizer", (number(plan.get("model_bytes")) or 0) / 2**30),
                      ("forecast", (number(forecast.get("memory_bytes")) or 0) / 2**30)], zero=True),
@@ -570,7 +586,7 @@ def _in_order_of_interest(steps: list[int]) -> list[int]:
 def _step(step: int, rows: list[Row], most: int) -> Row | None:
     """One step, at most `most` ranks of it."""
     spans = {r["rank"]: _spans(r["spans"]) for r in rows}
-    collectives = {r["rank"]: _collectives(r.get("collectives")) for r in rows}
+    collectives = {r["rank"]: _collectives(r) for r in rows}
     ends = [s[2] for each in spans.values() for s in each]
     if not ends:
         return None
@@ -580,7 +596,7 @@ def _step(step: int, rows: list[Row], most: int) -> Row | None:
         for c in each:
             arrivals[c["key"]].append((c["started"], rank))
     # Only where all ranks have the entry is it known who came last.
-    last = {k: max(a) for k, a in arrivals.items() if len(a) == len(rows) > 1}
+    last = {k: max(a) for k, a in arrivals.items() if len(a) == (len(k[-1]) or len(rows)) > 1}
     waits: dict[tuple[int, int], float] = defaultdict(float)
     ranks = []
     kept = _some_ranks(
@@ -636,16 +652,19 @@ def _spans(raw: Any) -> list[list[float]]:
     return found
 
 
-def _collectives(raw: Any) -> list[Row]:
+def _collectives(row: Row) -> list[Row]:
+    """Those of a row; `key` is the same on all ranks that take part, and ends with them, () for all."""
     found = []
-    for item in objects(raw):
+    for item in objects(row.get("collectives")):
         if number(item.get("started_ms")) is None:
             continue
         operation, group = str(item.get("operation", "")), str(item.get("group", ""))
         sequence = int(number(item.get("sequence")) or 0)
+        members = at(row.get("groups"), group)
+        members = tuple(map(str, members)) if isinstance(members, list) else ()
         found.append(
             {
-                "key": (operation, group, sequence),
+                "key": (operation, group, sequence, members),
                 "operation": operation,
                 "group": group,
                 "sequence": sequence,
@@ -664,27 +683,28 @@ def _collectives(raw: Any) -> list[Row]:
 def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
     """Collectives of the recorded steps beside the probe's: [whole tensor's bytes, bus MB/s].
 
-    nccl-tests' bus bandwidth is what each rank sends over the time. A collective has begun when the
-    last rank came and is known to have ended when the first rank knew; overlapped with computation
-    it may have ended before that, so that these are lower bounds.
+    nccl-tests' bus bandwidth is what each rank sends over the time, of a broadcast the whole. A
+    collective has begun when the last rank came and is known to have ended when the first rank knew;
+    overlapped with computation it may have ended before that, so that these are lower bounds.
     """
     found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     ranks: dict[int, set[int]] = defaultdict(set)
     for row in rows:
         if isinstance(row.get("rank"), int):
             ranks[row["step"]].add(row["rank"])
-            for c in _collectives(row.get("collectives")):
+            for c in _collectives(row):
                 found[(row["step"], *c["key"])].append(c)
     points: dict[str, list[list[float]]] = defaultdict(list)
-    for (step, operation, _, _), each in found.items():
-        n = len(ranks[step])
+    for (step, operation, _, _, members), each in found.items():
+        n = len(members) or len(ranks[step])
         if n < 2 or len(each) != n or any(c["finished"] is None for c in each):
             continue
         seconds = (min(c["finished"] for c in each) - max(c["started"] for c in each)) / 1e3
         sent = max(c["bytes"] for c in each)
         if seconds > 0 and sent > 0:
-            whole = sent * n / (n - 1) / (2 if operation == "all-reduce" else 1)
-            points[operation].append([round(whole), short(sent / seconds / 1e6)])
+            whole = sent / _sent_of_whole(operation, n)
+            bus = whole if operation == "broadcast" else sent
+            points[operation].append([round(whole), short(bus / seconds / 1e6)])
     lines: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
     for p in objects(probe.get("collectives")):
         size, speed = number(p.get("bytes")), number(p.get("busbw_GBps"))
@@ -700,6 +720,13 @@ def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
             for (operation, axis), v in sorted(lines.items())
         ][:16],
     }
+
+
+def _sent_of_whole(operation: str, n: int) -> float:
+    """What the rank that sends most sends, over the whole tensor (sync/ledger.py)."""
+    if operation == "broadcast":
+        return n - 1
+    return (2 if operation == "all-reduce" else 1) * (n - 1) / n
 
 
 def _thin(points: list[list[float]], most: int = 250) -> list[list[float]]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unisono.sync.ledger import Entry, Group
+from unisono.sync.ledger import Entry, Group, Ledger
 
 FILE = "timeline.jsonl"
 WARM_STEPS, EARLY_STEPS = 5, 3
@@ -93,10 +93,17 @@ class Timeline:
             "offset_error_ms": _ms(alignment.error_s),
             "began_ms": _ms(self._began - zero),
             "ended_ms": _ms(ended - zero),
+            "groups": _groups(ledger, self._votes.size),
             **_spans(spans, zero),
             **_collectives(entries, zero),
         }
         return gather(self._votes, row)
+
+
+def _groups(ledger: Ledger, size: int) -> dict[str, list[int]]:
+    """Ranks of those groups that not all are in: others of the same name may be elsewhere."""
+    positions = list(ledger.whereabouts.positions.values())
+    return {p.key.partition("/")[0]: list(p.ranks) for p in positions if len(p.ranks) < size}
 
 
 def _spans(spans: list[tuple[str, float, float]], zero: float) -> dict[str, Any]:

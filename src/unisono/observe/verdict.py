@@ -34,10 +34,12 @@ CIRCLE_S = 1.5
 """More than two beats: records of waits as old as that describe one moment."""
 STOPPED_S = 1.0
 """Without a heartbeat, while /proc says that the process is stopped."""
-SILENT_S, SILENT_OUTSIDE_S = 3.0, 30.0
-"""Without a heartbeat, on another machine: inside of a step, and else."""
+SILENT_S = 3.0
+"""Without a heartbeat, on another machine, inside of a step."""
 BLOCKED_S = 10.0
-"""Without a heartbeat on this machine, neither stopped nor computing."""
+"""The same on this machine, neither stopped nor computing."""
+SILENT_OUTSIDE_S = 120.0
+"""Outside of a step, wherever: safetensors up to 0.6 holds the interpreter while it writes a file."""
 LATE_S, LATE_EARLY_S = 30.0, 120.0
 SHOWN = 6
 """Calls of a stack in a line."""
@@ -254,7 +256,9 @@ def _gone(me: int, seen: dict[int, Seen]) -> Verdict | None:
 
 
 def _stopped(me: int, seen: dict[int, Seen], final: bool) -> Verdict | None:
-    found = {r: why for r, s in seen.items() if r != me and (why := _why_silent(s, final))}
+    # A silent rank's phase is that of its last heartbeat; the one that waits knows where it is now.
+    inside = seen[me].record.phase in STEP
+    found = {r: why for r, s in seen.items() if r != me and (why := _why_silent(s, inside, final))}
     if not found:
         return None
     first, *more = sorted(found)
@@ -268,22 +272,26 @@ def _stopped(me: int, seen: dict[int, Seen], final: bool) -> Verdict | None:
     return Verdict("stopped", tuple(sorted(found)), text)
 
 
-def _why_silent(known: Seen, final: bool) -> str | None:
+def _why_silent(known: Seen, inside: bool, final: bool) -> str | None:
     silent_s = known.silent_s
+    inside = inside and known.record.phase in STEP
     if known.record.ended or known.process == GONE:
         return None
-    if known.process == "?":
-        limit_s = SILENT_S if known.record.phase in STEP else SILENT_OUTSIDE_S
-        limit_s = STOPPED_S if final else limit_s
-        return "stopped, swapping, or its host is gone" if silent_s >= limit_s else None
     if known.process in "Tt":
         why = "stopped by a signal" if known.process == "T" else "stopped by a debugger"
         return why if silent_s >= STOPPED_S else None
     if known.computes or known.process == "R":
         return None
-    if known.process == "D":
-        return "waits for the disk or swap" if silent_s >= LATE_S else None
-    return "its interpreter is blocked" if silent_s >= BLOCKED_S else None
+    if known.process == "?":
+        limit_s, why = SILENT_S, "stopped, swapping, in one long call, or its host is gone"
+    elif known.process == "D":
+        limit_s, why = LATE_S, "waits for the disk or swap"
+    else:
+        limit_s, why = BLOCKED_S, "its interpreter is blocked"
+    limit_s = limit_s if inside else SILENT_OUTSIDE_S
+    if final and known.process == "?":
+        limit_s = STOPPED_S
+    return why if silent_s >= limit_s else None
 
 
 def _circle(seen: dict[int, Seen]) -> Verdict | None:

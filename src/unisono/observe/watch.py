@@ -8,7 +8,8 @@ judge alike; the lowest that waits says it, once, and says so when it has passed
 part of the LostReplicas that ends the wait (`why_lost`), on every rank.
 
 A machine that sleeps, a container that is frozen, all ranks stopped and continued: the watch finds
-that it has not run itself, forgets what it knew of the others, and begins to count anew.
+that it has not run itself, forgets what it knew of the others, and begins to count anew. If a wait
+was over meanwhile, that is the cause it gives.
 
 Standing still means to be blocked in a collective's `wait`; where that only tells a GPU's stream to
 wait, to have a collective on the stream that is not finished; and else not to use the processor, which
@@ -62,10 +63,14 @@ LOOK_S = 0.25
 """The same, while this rank stands still and looks at the others'."""
 AWAY_S = 1.5
 """A beat that is so late was one that this process did not run for."""
+WAKING_S = 10.0
+"""After an absence: so long, a wait that fails does so for timeouts that were over meanwhile."""
 EARLY_S = 120.0
 """From the first step on; models are compiled in this time."""
 LAST_LOOK_S = 2.5
 """How long a rank that has lost the others looks for who it was."""
+GONE_S = 0.5
+"""A process that is gone for less may have left a last word that has not been read yet."""
 CALLS, LONGEST = 12, 300
 """Of a stack, and characters of a message, in a record."""
 COMPUTES = 0.05
@@ -114,7 +119,12 @@ class Watch:
         self._machine, self._host = _machine(), socket.gethostname()
         self._beat = 0
         self._seen: dict[int, _Beat] = {}
-        self._back = 0.0
+        self._gone_at: dict[int, float] = {}
+        """When a rank's process was first found gone."""
+        self._ran = time.monotonic()
+        """When this process was last seen to run."""
+        self._back = self._away_s = 0.0
+        """Since when it runs again (time.perf_counter()), and for how long it had not."""
         self._first_step = float("inf")
         self._longest_wait_s = self._waited_s = 0.0
         self._known: set[tuple[str, tuple[int, ...]]] = set()
@@ -172,32 +182,46 @@ class Watch:
         while True:
             final = time.monotonic() > deadline
             with self._lock:
+                self._notice_absence()
                 verdict = self._judge(self._look(self._post()), final)
             if self._found and (verdict is None or verdict.kind in ("slow", self._found.kind)):
                 verdict = self._found  # when all ranks were still there to be seen
-            if final or (verdict and verdict.kind != "slow"):
-                self._why = verdict.text if verdict else ""
+            proof = verdict is not None and verdict.kind != "slow"
+            if final or proof:
+                why = verdict.text if verdict else ""
+                self._why = why if proof else self._own_absence() or why
                 return self._why
             time.sleep(0.1)
 
     # --- the thread
 
     def _run(self) -> None:
-        last, looking = time.monotonic(), False
+        looking = False
         try:
             while not self._over.wait(LOOK_S if looking else BEAT_S):
-                now = time.monotonic()
                 with self._lock:
-                    if now - last > BEAT_S + AWAY_S:
-                        self._seen.clear()
-                        self._back = time.perf_counter()
-                    last = now
+                    self._notice_absence()
                     looking, line = self._tick()
                 if line:  # without the lock: a terminal may block
                     self._say(line)
                 self.spent_s = time.thread_time()
         except Exception as error:
             self._say(f"hangs are no longer watched for: {type(error).__name__}: {error}")
+
+    def _notice_absence(self) -> None:
+        """If this process did not run for a while, the others may not have either: forget them."""
+        now = time.monotonic()
+        if now - self._ran > BEAT_S + AWAY_S:
+            self._seen.clear()
+            self._back, self._away_s = time.perf_counter(), now - self._ran
+        self._ran = now
+
+    def _own_absence(self) -> str:
+        """What there is to say of it, if the present wait began before or soon after."""
+        standing = self._here.standing
+        if standing is None or not self._away_s or standing[2] > self._back + WAKING_S:
+            return ""
+        return f"this rank itself did not run for {self._away_s:.0f} s: it was stopped, or the machine slept"
 
     def _tick(self) -> tuple[bool, str]:
         """Whether this rank stands still, and what there is to say."""
@@ -235,7 +259,7 @@ class Watch:
         early = time.monotonic() - self._first_step < EARLY_S
         late_s = max(LATE_EARLY_S if early else LATE_S, 5 * self._longest_wait_s)
         verdict = judge(self._board.rank, seen, late_s=late_s, final=final)
-        silent_s = self._board.silent_s()
+        silent_s = self._board_silent_s()
         if silent_s < SILENT_S or (verdict and verdict.kind != "slow"):
             return verdict
         text = (
@@ -243,6 +267,9 @@ class Watch:
             f"rank 0 or torchrun there, which keeps it, is stopped or gone, or the network is down"
         )
         return Verdict("store", (), text)
+
+    def _board_silent_s(self) -> float:
+        return min(self._board.silent_s(), time.perf_counter() - self._back)
 
     # --- records
 
@@ -300,7 +327,7 @@ class Watch:
     def _look(self, mine: Record) -> dict[int, Seen]:
         """What all ranks say, and what can be seen of their processes on this machine."""
         # A board that cannot be reached makes nobody silent.
-        now = time.monotonic() - self._board.silent_s()
+        now = time.monotonic() - self._board_silent_s()
         seen = {self._board.rank: Seen(mine)}
         for rank, text in self._board.read().items():
             record = Record.from_json(text)
@@ -309,6 +336,9 @@ class Watch:
             process, used_s = "?", 0.0
             if record.machine == self._machine:
                 process, used_s = _process(record.pid)
+            if process == GONE:
+                gone_s = time.monotonic() - self._gone_at.setdefault(rank, time.monotonic())
+                process = GONE if gone_s >= GONE_S else "S"
             beat = self._seen.get(rank)
             if beat is None or beat.number != record.beat:
                 beat = self._seen[rank] = _Beat(record.beat, now, used_s)

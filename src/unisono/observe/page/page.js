@@ -196,7 +196,7 @@ function lineChart(spec, wide) {
     const ends = !alone && w > 560;
     const base = spec.low ? 150 : w > 560 ? 250 : 210;
     const longest = Math.max(...spec.lines.map((s) => s.name.length), ...spec.rules.map(([label, v]) => 1 + label.length + num(v).length));
-    const pad = { l: 52, r: ends ? Math.min(250, 16 + longest * 6.6) : 12, t: 10, b: 26 };
+    const pad = { l: 52, r: ends ? Math.min(250, 16 + longest * 7.4) : 12, t: 10, b: 26 };
     // Without room at the ends of the lines, their names stand in rows above.
     const names = alone ? [] : [...spec.lines.map((s) => [s.name, `ink label c-${s.colour}`]),
       ...spec.rules.map(([label, value]) => [`${ends ? "" : "- - "}${label} ${num(value)}`, ""])];
@@ -590,11 +590,12 @@ function folded(id, title, ...parts) {
   node.addEventListener("toggle", () => (node.open ? chosen.open.add(id) : chosen.open.delete(id)));
   return node;
 }
-function lineCharts(title, found) {
-  if (!found.length) return null;
-  const cut = found.some((c) => c.lines.some((s) => s.points.some((p) => p.length > 2)));
+function lineCharts(title, found, said = []) {
+  if (!found.length && !said.length) return null;
+  const cut = found.some((c) => c.id !== "noise" && c.lines.some((s) => s.points.some((p) => p.length > 2)));
   const wide = (c) => c.id.startsWith("loss") || c.id.startsWith("throughput") || found.length < 3;
   return section(title, cut && "Lines are means of neighbouring rows, bands their least and greatest.",
+    said.length ? el("ul", { class: "advice" }, said.map((text) => el("li", {}, text))) : null,
     el("div", { class: "grid" }, found.map((c) => lineChart(c, wide(c)))));
 }
 const chartsOf = (run, title, ...names) => lineCharts(title, names.map((n) => run.charts.find((c) => c.id === n)).filter(Boolean));
@@ -615,7 +616,7 @@ function showRun(run) {
   parts.push(chartsOf(run, "Speed", "throughput", "exposed", "mfu"));
   if (run.forecast) parts.push(section("Forecast against measurement", run.forecast.error === null ? "" : `The forecast of the step was ${percent(Math.abs(run.forecast.error))} off.`, forecast(run.forecast)));
   if (run.bandwidth) parts.push(section("The link", "", bandwidth(run.bandwidth)));
-  parts.push(chartsOf(run, "Batch size", "noise"));
+  parts.push(lineCharts("Batch size", run.charts.filter((c) => c.id === "noise"), run.batch));
   parts.push(chartsOf(run, "Memory", "memory"));
   if (run.plan.length) {
     parts.push(section("Plan", "What was decided before the first step, and why.", table(["", "value", "reason"], run.plan, "plan"),
