@@ -586,7 +586,8 @@ def plot(result: dict, path: Path) -> None:
         )
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":", zorder=1)
     axes.set_xscale("log")
-    axes.set_xticks(xs, [r["rate"] if r["bits_per_s"] is None else rate_text(r["bits_per_s"]) for r in rows])  # fmt: skip
+    labels = [rate_text(r["bits_per_s"]) if r["bits_per_s"] else r["rate"] for r in rows]
+    axes.set_xticks(xs, [label.replace(" ", "\n") for label in labels])
     axes.minorticks_off()
     axes.set_ylim(bottom=min(0.95, axes.get_ylim()[0]))
     axes.margins(x=0.06)
