@@ -417,6 +417,26 @@ def test_a_lookup_after_the_rows_were_told_is_refused() -> None:
             assert "several backward passes in one" in text, text
 
 
+def half_precision_weights(world) -> set[float]:
+    """Sums of rows to which rank 0 adds 1 and the others what bfloat16 loses beside it."""
+    tables_on()
+    model = nn.Sequential(nn.Embedding(VOCAB, DIM), nn.Linear(DIM, 1)).bfloat16()
+    sync = shard(model)
+    ids = torch.arange(0, VOCAB, 3)
+    take(sync, [lambda: model(ids).sum()])
+    with sync.micro_batch(last=True):
+        scale = 1.0 if world.rank == 0 else 2.0**-9
+        (model[0](ids).sum() * scale + 0 * model[1].weight.sum()).backward()
+    sync.finish()
+    [table] = sync._tables.values()
+    return set(table.shard.whole_sum()[ids].flatten().tolist())
+
+
+def test_rows_of_half_precision_weights_are_rounded_once() -> None:
+    # 1 + 3 / 512 is next to 1 + 4 / 512; one after the other, each 1 / 512 would be lost.
+    assert run_ranks(half_precision_weights, 4) == [{1 + 2.0**-7}] * 4
+
+
 def not_finite(world, rank: int, name: str) -> tuple[int, str] | None:
     tables_on()
     hold_back()

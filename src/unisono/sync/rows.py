@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from unisono.sync.ledger import Group, Handle
 from unisono.sync.shard import Shard
+from unisono.sync.tree import HALF
 
 
 @dataclass
@@ -153,11 +154,19 @@ class Rows:
         culprit = None
         for k, table in enumerate(self._tables):
             total = table.shard.whole_sum()
-            for rank, count in enumerate(self._counts[:, k].tolist()):
-                gradients = self._gradients[k][rank, :count].to(total.dtype)
+            counts = self._counts[:, k].tolist()
+            numbers = [self._numbers[k][rank, :count].long() for rank, count in enumerate(counts)]
+            touched, wide = None, total
+            if total.dtype in HALF:  # rounded once, after all ranks' rows
+                touched, places = torch.unique(torch.cat(numbers), return_inverse=True)
+                wide, numbers = total[touched].float(), list(places.split(counts))
+            for rank, count in enumerate(counts):
+                gradients = self._gradients[k][rank, :count].to(wide.dtype)
                 # Each row once: any order of additions is one.
-                total.index_add_(0, self._numbers[k][rank, :count].long(), gradients)
+                wide.index_add_(0, numbers[rank], gradients)
                 if culprit is None and not torch.isfinite(gradients).all():
                     culprit = rank, table
+            if touched is not None:
+                total[touched] = wide.to(total.dtype)
             table.shard.look()
         return culprit

@@ -166,7 +166,9 @@ def set_up(
     link = _link(config, world, votes, probe)
     if link and plan.shard_optimizer and config.shard_optimizer == "auto":
         run_rows = partial(_pass, config, world, model, train_blocks)
-        compute_s = seconds_of_pass(run_rows, plan.micro_batch_size, model, world.device)
+        timed = partial(seconds_of_pass, run_rows, plan.micro_batch_size, model, world.device)
+        compute_s = attempt(votes, timed)
+        assert compute_s is not None
         step_s = float(votes.each(compute_s * plan.accumulation).min())
         if _hides_whole(link, facts, plan, world, step_s, votes):
             facts = replace(facts, hides_whole=True)
