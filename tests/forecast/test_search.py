@@ -7,7 +7,7 @@ import pytest
 from unisono.config import Config
 from unisono.errors import ConfigError
 from unisono.forecast.architecture import NAMED
-from unisono.forecast.constants import DEFAULT
+from unisono.forecast.constants import DEFAULT, UNCERTAINTY
 from unisono.forecast.cost import Mesh
 from unisono.forecast.hardware import device
 from unisono.forecast.network import Fabric, Line, fabric
@@ -166,7 +166,7 @@ def test_a_configuration_becomes_a_job() -> None:
 
 def test_published_hardware_is_less_certain_than_nothing_measured() -> None:
     option = search(LLAMA, machine(), 8).options[0]
-    assert uncertainty(option, machine()) == pytest.approx(0.18)
+    assert uncertainty(option, machine()) == UNCERTAINTY
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from unisono.forecast.replay import (
     foretell,
     lanes_of,
 )
+from unisono.observe.noise import Meter
 from unisono.observe.receipt import Receipt
 from unisono.probe.rates import memory_bytes_per_s
 from unisono.sync.link import Link, measure_link
@@ -96,6 +97,8 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     tensors = _tensors(job)
     rate = memory_bytes_per_s(world.device, QUICK_BYTES)
     rows = _rows_looked_up(job)
+    if rows is None:
+        return "a batch could not be read"
     width = job.model.get_input_embeddings().weight.shape[-1]
     peak = int(votes.each(float(peak_memory_bytes(world.device))).max())
     probe = job.probe
@@ -115,7 +118,7 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     step = foretell(
         system, tensors, passes, lanes, shard,
         wire_bytes=2 if job.config.wire == "bfloat16" else 4, bucket_bytes=plan.bucket_mb * 2**20,
-        rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches)),
+        rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches)) + Meter.TOLD,
     )  # fmt: skip
     alone_s = plan.accumulation * (passes.forward_s + passes.backward_s) + passes.optimizer_s
     if baseline:
@@ -222,16 +225,24 @@ def _is_table(job: Job, weight: torch.Tensor) -> bool:
     )
 
 
-def _rows_looked_up(job: Job) -> int:
-    """Collective: different tokens of a step on the rank that has most, mean over the next steps."""
+def _rows_looked_up(job: Job) -> int | None:
+    """Collective: different tokens of a step on the rank that has most, mean over the next steps.
+
+    None where a rank could not read them: the step itself will say so.
+    """
     feed, m = job.feed, job.plan.accumulation
-    first, last = job.progress.step, job.plan.max_steps
-    counts = []
-    for step in range(first, min(last, first + LOOKED_AT)):
-        leaves = range(job.world.rank * m, (job.world.rank + 1) * m)
-        ids = [feed.batch(step, leaf).input_ids for leaf in leaves]
-        counts.append(float(len(np.unique(np.concatenate([i.reshape(-1) for i in ids])))))
-    return round(float(job.votes.each(*counts).amax(dim=0).mean()))
+    first, last = job.progress.step, min(job.plan.max_steps, job.progress.step + LOOKED_AT)
+    leaves = range(job.world.rank * m, (job.world.rank + 1) * m)
+    counts = [0.0] * (last - first)
+    failed = False
+    try:
+        for k in range(last - first):
+            ids = [feed.batch(first + k, leaf).input_ids.reshape(-1) for leaf in leaves]
+            counts[k] = float(len(np.unique(np.concatenate(ids))))
+    except Exception:
+        failed = True
+    table = job.votes.each(float(failed), *counts)
+    return None if table[:, 0].any() else round(float(table[:, 1:].amax(dim=0).mean()))
 
 
 def _state_bytes(job: Job, tensors: Tensors, system: System) -> int:
