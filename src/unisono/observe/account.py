@@ -6,8 +6,6 @@ the last row), and follows verdicts (observe/blame.py). Nothing is communicated 
 every ALIGN_S, and a look at the links where the wire costs.
 """
 
-import resource
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +17,7 @@ import torch
 from unisono.observe import timeline
 from unisono.observe.arrival import Period, Stamps, by_phase, values_of
 from unisono.observe.blame import Blame, Jumps, Suspects
+from unisono.observe.environment import peak_memory_bytes
 from unisono.sync.ledger import Group
 from unisono.sync.pairs import find_slow_link
 
@@ -67,7 +66,7 @@ class Account:
 
     def close(self) -> list[int]:
         """Collective: settle the last step, which no vote tells; peak bytes of memory by rank."""
-        table = self._votes.each(*values_of(self.stamps.period), peak_bytes(self._device))
+        table = self._votes.each(*values_of(self.stamps.period), peak_memory_bytes(self._device))
         periods = [Period(*row[:-1]) for row in table.tolist()]
         self._count(periods)
         self.suspects.add(periods, 0)
@@ -100,7 +99,7 @@ class Account:
 
 
 def bytes_in_use(device: str) -> float:
-    """Memory at this moment, as in `peak_bytes`."""
+    """Memory at this moment, as in `peak_memory_bytes`."""
     if device != "cpu":
         return float(torch.cuda.memory_allocated(device))
     return float(_process().memory_info().rss)
@@ -109,11 +108,3 @@ def bytes_in_use(device: str) -> float:
 @lru_cache(1)
 def _process() -> psutil.Process:
     return psutil.Process()
-
-
-def peak_bytes(device: str) -> float:
-    """The most memory so far: allocated on the GPU, else resident of this process."""
-    if device != "cpu":
-        return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +38,19 @@ def device_name(device: str) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory so far: allocated on the GPU, else resident of this process."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration, ValueError, IndexError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) << 10
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _version(package: str) -> str | None:

@@ -7,10 +7,7 @@ makes a step of them. At the end the measurement is written beside it; the forec
 touched again.
 """
 
-import resource
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +27,7 @@ from unisono.forecast.replay import (
     foretell,
     lanes_of,
 )
+from unisono.observe.environment import peak_memory_bytes
 from unisono.observe.noise import Meter
 from unisono.observe.receipt import Receipt
 from unisono.probe.rates import memory_bytes_per_s
@@ -257,21 +255,12 @@ def _state_bytes(job: Job, tensors: Tensors, system: System) -> int:
     return int(4 * ((moments + narrow) * own * sharded + moments * whole))
 
 
-def peak_memory_bytes(device: str) -> int:
-    """The most that this process has held so far (GPU: on the device)."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    with suppress(OSError, StopIteration, ValueError, IndexError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) << 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
 # --- afterwards
 
 
-def beside(forecast: Forecast, receipt: Receipt, peak_bytes: int, ddp: bool) -> dict[str, Any]:
+def beside(forecast: Forecast, receipt: Receipt, ddp: bool) -> dict[str, Any]:
     """forecast.json of a finished run; `ddp`: its traffic passes no ledger."""
+    peak_bytes = max(receipt.memory_by_rank, default=0)
     stepping_s = receipt.step_ms / 1e3
     mean = {
         phase: sum(rank.get(phase, 0.0) for rank in receipt.seconds_by_rank)

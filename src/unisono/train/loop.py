@@ -154,10 +154,9 @@ def take_steps(job: Job) -> Receipt:
     receipt = log.receipt(baseline)
     weights = job.sync.state_dict()
     digest = weights_digest(job, weights)
-    peak = int(job.votes.each(float(foretell.peak_memory_bytes(world.device))).max())
 
     def finish() -> Receipt:
-        return _finish(job, log, receipt, weights, digest, forecast, peak)
+        return _finish(job, log, receipt, weights, digest, forecast)
 
     audited = attempt(job.votes, finish, world.is_main)
     log.close()
@@ -198,7 +197,8 @@ class Log:
         self._complained = False
 
         name = _device_name(job.world)
-        self.peak = find_peak(job.config, job.world.device, name, job.probe)
+        chip = device_name(job.world.device)
+        self.peak = find_peak(job.config, job.world.device, chip, job.probe)
         self._hooks = ExitStack()
         if job.config.gradient_checkpointing and job.world.device == "cpu":
             self._hooks = time_recomputation(job.model, job.ledger.clock)
@@ -524,7 +524,7 @@ def _forecast(job: Job, baseline: Baseline | None) -> foretell.Forecast | None:
 
 def _finish(
     job: Job, log: Log, receipt: Receipt, weights: Weights, digest: str,
-    forecast: foretell.Forecast | None, peak_bytes: int,
+    forecast: foretell.Forecast | None,
 ) -> Receipt:  # fmt: skip
     """Rank 0: the model at the root of the run folder, the receipt with the audit, a sample of text."""
     publish_model(job.run, job.model, job.tokenizer, weights)
@@ -548,7 +548,7 @@ def _finish(
     job.screen.show(render(receipt))
     job.screen.say("\n".join(advice.lines), "dim")
     if forecast is not None and receipt.steps:
-        facts = foretell.beside(forecast, receipt, peak_bytes, job.config.sync == "ddp")
+        facts = foretell.beside(forecast, receipt, job.config.sync == "ddp")
         write_json(job.run / foretell.FILE, facts)
         job.screen.say(foretell.in_words(facts), "dim")
     job.screen.say(f"model, metrics and receipt: {job.run}; as a page: unisono report {job.run}")
