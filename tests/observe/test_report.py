@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opened import Opened
 
 from unisono.errors import UnisonoError
-from unisono.observe import report
+from unisono.observe import charts, folder, recorded, report
 
 
 @pytest.fixture
@@ -94,31 +94,31 @@ def in_pairs(operation: str, sent_bytes: list[int]) -> list[dict[str, Any]]:
 
 def test_groups_of_one_name_are_told_apart() -> None:
     rows = in_pairs("all-reduce", [1_000_000, 1_000_000])
-    shown = report.timeline(rows)
+    shown = recorded.timeline(rows)
     assert shown
     [step] = shown["steps"]
     assert [c[7] for r in step["ranks"] for c in r["collectives"]] == [1, 1, 3, 3]
     assert step["waits"] == [[0, 1, 20.0], [2, 3, 20.0]]
-    found = report._bandwidth(rows, {})
+    found = recorded.bandwidth(rows, {})
     assert found and found["points"][0]["points"] == [[1_000_000, 200.0]] * 2
 
 
 def test_bandwidth_of_a_broadcast_is_of_the_whole_tensor() -> None:
-    found = report._bandwidth(in_pairs("broadcast", [1_000_000, 0]), {})
+    found = recorded.bandwidth(in_pairs("broadcast", [1_000_000, 0]), {})
     assert found and found["points"][0]["points"] == [[1_000_000, 200.0]] * 2
 
 
 def test_a_row_that_is_added_while_the_file_is_read_is_not_torn(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = report.read_lines
+    read = folder.read_lines
 
     def read_while_written(path: Path) -> Any:
         rows = list(read(path))
         write_lines(path, [metrics_row(300)])
         return rows
 
-    monkeypatch.setattr(report, "read_lines", read_while_written)
+    monkeypatch.setattr(folder, "read_lines", read_while_written)
     assert report.view(run)["missing"] == []
 
 
@@ -126,12 +126,12 @@ def test_long_series_keep_their_extremes() -> None:
     rows = [{"step": k, "v": math.sin(k)} for k in range(1, 10_001)]
     rows[6000]["v"] = 50.0
     rows[7000]["v"] = None
-    found = report.series(rows, "v")
-    assert len(found) <= report.MOST_POINTS
+    found = charts.series(rows, "v")
+    assert len(found) <= charts.MOST_POINTS
     assert max(p[3] for p in found) == 50.0
     assert min(p[2] for p in found) == pytest.approx(-1, abs=1e-4)
     assert all(low <= mean <= high for _, mean, low, high in found)
-    assert report.series(rows[:20], "v") == [[k, report.short(math.sin(k))] for k in range(1, 21)]
+    assert charts.series(rows[:20], "v") == [[k, folder.short(math.sin(k))] for k in range(1, 21)]
 
 
 def test_a_page_of_ten_thousand_steps_and_many_ranks_is_small(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_thousand_ranks_show_those_that_waited_most_and_least(tmp_path: Path) 
     (run / "timeline.jsonl").unlink()
     write_lines(run / "timeline.jsonl", [timeline_row(5, r) for r in range(1000)])
     step = report.view(run)["timeline"]["steps"][0]
-    assert step["num_ranks"] == 1000 and len(step["ranks"]) == report.MOST_RANKS
+    assert step["num_ranks"] == 1000 and len(step["ranks"]) == recorded.MOST_RANKS
     assert 1 in [r["rank"] for r in step["ranks"]], "the one that all waited for"
 
 

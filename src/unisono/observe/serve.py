@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from unisono.files import read_lines
-from unisono.observe import report
+from unisono.observe import folder, report
 
 LOOPBACK = "127.0.0.1"
 NICENESS = 19
@@ -94,7 +94,7 @@ class Page:
 
     def _fresh(self) -> dict[str, Any]:
         with self._lock:
-            stamp = tuple(_stamp(self._run / n) for n in (*report.KNOWN, "timeline.jsonl", "forecast.json", "probe.json"))  # fmt: skip
+            stamp = tuple(_stamp(self._run / n) for n in (*folder.KNOWN, "timeline.jsonl", "forecast.json", "probe.json"))  # fmt: skip
             if stamp != self._stamp:
                 self._data, self._stamp = report.read([self._run]), stamp
             return self._data
@@ -112,7 +112,7 @@ class Page:
         newest: dict[str, float] = {}
         with contextlib.suppress(OSError):
             for row in read_lines(self._run / "metrics.jsonl"):
-                newest |= report.numbers(row)
+                newest |= folder.numbers(row)
         registry = CollectorRegistry()
         for name, value in sorted(newest.items()):
             safe = "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
