@@ -6,10 +6,12 @@ Of more than MOST_POINTS rows, neighbours become one bin with its mean, least an
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from unisono.observe.folder import Row, number, short
 
 MOST_POINTS = 400
+MOST_MARKS = 40
 
 
 def series(rows: Iterable[Row], name: str, scale: float = 1.0) -> list[list[float]]:
@@ -35,15 +37,19 @@ def series(rows: Iterable[Row], name: str, scale: float = 1.0) -> list[list[floa
 def chart(
     name: str, title: str, unit: str, lines: Sequence[Row], *, log: bool = False,
     rules: Sequence[tuple[str, float | None]] = (), note: str = "", zero: bool = False,
-    low: bool = False,
+    low: bool = False, marks: Sequence[Sequence[Any]] = (),
 ) -> Row | None:  # fmt: skip
-    """What the script needs to draw lines over steps; None without a point."""
+    """What the script needs to draw lines over steps; None without a point.
+
+    `rules`: levels, left out where there is none. `marks`: (step, what happened there).
+    """
     drawn = [line for line in lines if line["points"]]
     if not drawn:
         return None
     return {
         "id": name, "title": title, "unit": unit, "lines": drawn, "log": log, "zero": zero,
         "rules": [[label, value] for label, value in rules if value], "note": note, "low": low,
+        "marks": list(marks)[-MOST_MARKS:],
     }  # fmt: skip
 
 

@@ -1,19 +1,17 @@
 """Several runs side by side: the scaling curve, what changed, and their charts over each other."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from unisono.observe.charts import line
-from unisono.observe.folder import NOTHING, Row, at, number, short
+from unisono.observe.folder import NOTHING, Row, short
 
 
-def compare(runs: Sequence[Row], paths: Sequence[Path]) -> Row | None:
-    """Scaling over the runs, what changed between them, and where each one's time went."""
+def compare(runs: Sequence[Row]) -> Row | None:
+    """Of what report.view gives: scaling, what changed, and where each one's time went."""
     if len(runs) < 2:
         return None
     return {
-        "scaling": _scaling(paths, runs),
+        "scaling": _scaling(runs),
         "changed": _changed(runs),
         "charts": [c for c in (_overlay(runs, "loss", 0), _overlay(runs, "loss", 1), _overlay(runs, "throughput", 0)) if c],
         "time": [
@@ -24,18 +22,9 @@ def compare(runs: Sequence[Row], paths: Sequence[Path]) -> Row | None:
     }  # fmt: skip
 
 
-def _scaling(paths: Sequence[Path], runs: Sequence[Row]) -> list[Row]:
+def _scaling(runs: Sequence[Row]) -> list[Row]:
     """Throughput by replicas, best first at equal counts."""
-    found = []
-    for path, run in zip(paths, runs, strict=True):
-        try:
-            receipt = json.loads((path / "receipt.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        n, rate = number(at(receipt, "replicas")), number(at(receipt, "tokens_per_second"))
-        if n and rate:
-            own = number(at(receipt, "efficiency"))
-            found.append({"name": run["name"], "replicas": n, "rate": short(rate), "own": own})
+    found = [{"name": run["name"], **run["result"]} for run in runs if run["result"]]
     found.sort(key=lambda f: (f["replicas"], -f["rate"]))
     for f in found:
         first = found[0]
@@ -76,4 +65,20 @@ def _overlay(runs: Sequence[Row], name: str, index: int) -> Row | None:
         return None
     what = found["lines"][index]["name"]
     title = found["title"] if len(found["lines"]) == 1 else f"{found['title']}, {what}"
-    return {**found, "id": f"{name}-{index}", "title": title, "lines": lines, "rules": []}
+    note = _apart(lines) if name == "loss" else ""
+    return {
+        **found, "id": f"{name}-{index}", "title": title, "lines": lines, "rules": [], "marks": [],
+        "note": note, "dashed": True,
+    }  # fmt: skip
+
+
+def _apart(lines: Sequence[Row]) -> str:
+    """How far the lines are from the first one where they have the same steps."""
+    first = {p[0]: p[1] for p in lines[0]["points"]}
+    off = [(abs(p[1] - first[p[0]]), p[0]) for x in lines[1:] for p in x["points"] if p[0] in first]
+    if not off:
+        return ""
+    most, step = max(off)
+    if not most:
+        return f"Equal to the fifth digit at all {len(first):,} points that they share."
+    return f"At most {most:.2g} apart, at step {step:,g}."

@@ -31,6 +31,9 @@ from unisono.observe.recorded import bandwidth, some_ranks, timeline
 
 PAGE = Path(__file__).parent / "page"
 MOST_RUNS = 8
+MOST_SAID = 40
+STILL = ("communication", "waiting", "imbalance", "data")
+"""What keeps a rank from computing in a step."""
 RARE = ("recomputation", "imbalance")
 """Phases that are shown only where there is any."""
 
@@ -59,6 +62,11 @@ def view(path: Path) -> Row:
     steps = folder.lines(
         "timeline.jsonl", "Timeline", "train again: this run is of an older version"
     )
+    ranks = folder.lines(
+        "ranks.jsonl",
+        "Time of every rank as it went",
+        "train again: this run is of an older version",
+    )
     step = max([r["step"] for r in rows] + [int(number(receipt.get("step")) or 0)], default=0)
     last = number(plan.get("max_steps")) or number(config.get("max_steps"))
     # A receipt of fewer steps than the metrics is of the time before a resume.
@@ -71,18 +79,30 @@ def view(path: Path) -> Row:
         "step": step,
         "subtitle": _subtitle(config, plan, receipt),
         "tiles": _tiles(rows, receipt, step, last, forecast),
-        "time": _time(rows, receipt),
+        "time": _time(rows, ranks, receipt),
+        "said": _said(rows, receipt),
         "advice": _advice(receipt),
         "batch": _batch_advice(receipt),
         "timeline": timeline(steps),
-        "charts": _charts(rows, plan, receipt, forecast, folder),
-        "forecast": _forecast(forecast, receipt, rows),
+        "charts": _charts(rows, ranks, config, plan, receipt, forecast, folder),
+        "result": _result(receipt, forecast),
+        "memory": _memory(receipt),
+        "forecast": _forecast(forecast, receipt),
         "bandwidth": bandwidth(steps, probe),
         "plan": _plan(plan),
         "config": _flat(config),
         "environment": _environment(environment, receipt),
         "missing": folder.missing,
     }
+
+
+def _result(receipt: Row, forecast: Row) -> Row | None:
+    """A run's point of a scaling curve."""
+    n, rate = number(receipt.get("replicas")), number(receipt.get("tokens_per_second"))
+    if not n or not rate or n < 1 or rate < 0:
+        return None
+    own, foretold = number(receipt.get("efficiency")), number(forecast.get("tokens_per_second"))
+    return {"replicas": n, "rate": short(rate), "own": own, "foretold": foretold}
 
 
 def _state(step: int, last: float | None, receipt: Row) -> Row:
@@ -134,7 +154,16 @@ def _tiles(
     tile("training loss", loss[-1] if loss else None, "{:.3f}".format, "last row")
     tile("step", number(receipt.get("step_ms")), _milliseconds, "mean")
     tile("wall time", number(receipt.get("wall_s")), _duration, "since start or resume")
-    tile("MFU", _share(receipt.get("mfu")), "{:.1%}".format, "model FLOPs used")
+    mfu = _share(receipt.get("mfu"))
+    tile("MFU", mfu, "{:.1%}".format, "model FLOPs used")
+    if mfu is None:
+        flops = number(at(receipt, "mfu", "flops_per_second"))
+        why = str(at(receipt, "mfu", "source") or "")
+        tile("GFLOP/s a replica", flops and flops / 1e9, "{:,.1f}".format, f"no MFU: {why}")
+    memory = max(_peaks(receipt), default=None)
+    foretold = number(forecast.get("memory_bytes"))
+    note = f"forecast {readable_bytes(int(foretold))}" if foretold else "of the rank with most"
+    tile("peak memory", memory, lambda v: readable_bytes(int(v)), note)
     note = "time that became committed steps"
     tile("goodput", _share(receipt.get("goodput")), "{:.1%}".format, note)
     if not receipt and last:
@@ -161,16 +190,16 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _time(rows: list[Row], receipt: Row) -> Row | None:
-    """Seconds by phase, in all and by rank: the receipt's, or of the rows so far (rank 0)."""
+def _time(rows: list[Row], ranks: list[Row], receipt: Row) -> Row | None:
+    """Seconds by phase, in all and by rank: the receipt's, or those so far."""
     by_rank = [numbers(r) for r in objects(receipt.get("seconds_by_rank"))]
     source = "the receipt: mean over ranks"
     if not by_rank:
-        so_far: dict[str, float] = defaultdict(float)
-        for row in rows:
-            for phase in PHASES:
-                so_far[phase] += number(row.get(f"time/{phase}_s")) or 0.0
-        by_rank, source = [so_far], "metrics so far: rank 0"
+        by_rank, source = _so_far(ranks), "so far: mean over ranks"
+    if not by_rank:
+        by_rank, source = _so_far([_own(row) for row in rows]), "so far: rank 0"
+    if not by_rank:
+        return None
     seconds = {p: statistics.fmean(r.get(p, 0.0) for r in by_rank) for p in PHASES}
     total = sum(seconds.values())
     if total <= 0:
@@ -199,6 +228,24 @@ def _time(rows: list[Row], receipt: Row) -> Row | None:
     }
 
 
+def _so_far(rows: list[Row]) -> list[dict[str, float]]:
+    """Seconds by phase of every rank, all rows of `ranks.jsonl` added up."""
+    total: list[dict[str, float]] = []
+    for row in rows:
+        for rank, seconds in enumerate(objects(row.get("seconds"))):
+            if rank == len(total):
+                total.append(defaultdict(float))
+            for phase, s in numbers(seconds).items():
+                total[rank][phase] += s
+    return total
+
+
+def _own(row: Row) -> Row:
+    """Rank 0's own times, of a row of metrics, as `ranks.jsonl` has them."""
+    seconds = {p: s for p in PHASES if (s := number(row.get(f"time/{p}_s")))}
+    return {"step": row["step"], "seconds": [seconds] if seconds else []}
+
+
 def _by_rank(by_rank: list[dict[str, float]]) -> Row | None:
     if len(by_rank) < 2:
         return None
@@ -211,6 +258,21 @@ def _by_rank(by_rank: list[dict[str, float]]) -> Row | None:
         if len(kept) < len(by_rank)
         else "",
     }
+
+
+def _said(rows: list[Row], receipt: Row) -> list[Row]:
+    """Who slowed the run down with what it cost, then what was said while it went."""
+    found = []
+    for b in objects(receipt.get("blame")):
+        who = "" if (rank := number(b.get("rank"))) is None else f"rank {rank:g} "
+        cost = number(b.get("cost"))
+        lost = "" if cost is None else f"; cost {cost:.0%} of all steps"
+        found.append({"what": str(b.get("kind", "")), "text": f"{who}{b.get('detail', '')}{lost}"})
+    events = [str(r["event"]) for r in rows if isinstance(r.get("event"), str)]
+    for text in events[-MOST_SAID:]:
+        step, _, event = text.partition(": ")
+        found.append({"what": step, "text": event or text})
+    return found
 
 
 def _advice(receipt: Row) -> list[Row]:
@@ -239,7 +301,8 @@ def _noise(rows: list[Row]) -> list[list[float]]:
 
 
 def _charts(
-    rows: list[Row], plan: Row, receipt: Row, forecast: Row, folder: Folder
+    rows: list[Row], ranks: list[Row], config: Row, plan: Row, receipt: Row, forecast: Row,
+    folder: Folder,
 ) -> list[Row]:  # fmt: skip
     batch = (number(plan.get("global_batch_size")) or 0) * (
         number(plan.get("sequence_length")) or 0
@@ -251,28 +314,36 @@ def _charts(
             "no row of metrics.jsonl has it within bounds",
             "it needs two replicas, or two micro-batches a step, and more steps",
         )
-    memory = series(rows, "perf/memory_bytes")
+    most = max([number(r.get("perf/memory_bytes")) or 0 for r in rows] + _peaks(receipt), default=0)
+    unit, scale = ("GiB", 2**-30) if most >= 2**30 else ("MiB", 2**-20)
+    memory = series(rows, "perf/memory_bytes", scale)
     if not memory:
         folder.lacks(
             "Memory over time",
             "no row of metrics.jsonl has perf/memory_bytes",
             "the plan below says what weights, gradients and optimizer take",
         )
+    still, whose = _standing_still(ranks), "Mean over ranks."
+    if not still:
+        still, whose = _standing_still([_own(row) for row in rows]), "Rank 0 as it went."
+    marks = [
+        [r["step"], str(r["event"]).partition(": ")[2]]
+        for r in rows
+        if isinstance(r.get("event"), str)
+    ]
     charts = [
         chart("loss", "Loss", "nats a token", [
             line("training", series(rows, "train/loss"), "a"),
             line("held out", series(rows, "eval/loss"), "b", dots=True),
-        ]),
+        ], marks=marks),
         chart("rate", "Learning rate", "", [line("learning rate", series(rows, "train/learning_rate"), "c")], zero=True, low=True),
         chart("norm", "Gradient norm", "before clipping", [line("gradient norm", series(rows, "train/grad_norm"), "d")],
-              rules=[("clipped above", number(_config(folder, "max_grad_norm")))], log=True, low=True),
+              rules=[("clipped above", number(config.get("max_grad_norm")))], log=True, low=True, marks=marks),
         chart("throughput", "Throughput", "tokens/s", [line("all replicas", series(rows, "perf/tokens_per_second"), "a")],
               rules=[("forecast", number(forecast.get("tokens_per_second"))), ("mean", number(receipt.get("tokens_per_second")))], zero=True),
         chart("exposed", "Not computing", "% of step time", [
-            line("communication", series(rows, "comm/exposed_fraction", 100), "communication"),
-            line("waiting", series(rows, "comm/waiting_fraction", 100), "waiting"),
-        ], zero=True, low=True, note="Exposed communication, and waiting for a slower replica: rank 0 as it went. "
-              "What a step waited for others is settled one step later, so a row of one step may fall below zero."),
+            line(phase, series(still, phase, 100), phase) for phase in STILL
+        ], zero=True, low=True, note=f"{whose} What none of them has is not drawn."),
         chart("mfu", "Model FLOPs used", "%", [line("MFU", series(rows, "perf/mfu", 100), "a")], zero=True, low=True),
         chart("noise", "Gradient noise scale", "tokens", [
             line("noise scale", noise, "a"),
@@ -280,66 +351,100 @@ def _charts(
         ], rules=[("this batch", batch or None)], log=True,
             note="Below the noise scale a larger batch still saves steps; far above it, it saves none. "
                  "Band: where the noise scale lies with 95% certainty; a wide band says little."),
-        chart("memory", "Memory", "GiB", [line("in use", series(rows, "perf/memory_bytes", 2**-30), "a")],
-              rules=[("model and optimizer", (number(plan.get("model_bytes")) or 0) / 2**30),
-                     ("forecast", (number(forecast.get("memory_bytes")) or 0) / 2**30)], zero=True),
+        chart("memory", "Memory in use", f"{unit}, rank 0", [line("in use", memory, "a")], zero=True, low=True, rules=[
+            ("peak", max(_peaks(receipt), default=0) * scale),
+            ("forecast of the peak", (number(forecast.get("memory_bytes")) or 0) * scale),
+            ("model and optimizer", (number(plan.get("model_bytes")) or 0) * scale),
+        ]),
     ]  # fmt: skip
     return [c for c in charts if c]
 
 
-def _config(folder: Folder, name: str) -> Any:
-    try:
-        return at(json.loads((folder.path / "run.json").read_bytes()), name)
-    except (OSError, ValueError, RecursionError):
+def _standing_still(rows: list[Row]) -> list[Row]:
+    """Rows of `ranks.jsonl` as shares of the time in steps, mean over ranks."""
+    found = []
+    for row in rows:
+        total = {p: sum(r.get(p, 0.0) for r in _so_far([row])) for p in STEP_PHASES}
+        whole = sum(total.values())
+        if whole > 0:
+            found.append({"step": row["step"], **{p: total[p] / whole for p in STILL}})
+    return [{k: v for k, v in row.items() if any(r[k] for r in found)} for row in found]
+
+
+def _peaks(receipt: Row) -> list[float]:
+    """Bytes of memory at most, by rank."""
+    found = receipt.get("memory_by_rank")
+    return [v for v in map(number, found) if v] if isinstance(found, list) else []
+
+
+def _memory(receipt: Row) -> Row | None:
+    """Peaks by rank, of several."""
+    peaks = _peaks(receipt)
+    if len(peaks) < 2:
         return None
+    kept = some_ranks(len(peaks), 16, lambda r: peaks[r])
+    note = f"{len(kept)} of {len(peaks)} ranks: those with most and least"
+    return {
+        "rows": [{"rank": r, "bytes": peaks[r], "text": readable_bytes(int(peaks[r]))} for r in kept],
+        "note": note if len(kept) < len(peaks) else "",
+    }  # fmt: skip
 
 
-def _forecast(forecast: Row, receipt: Row, rows: list[Row]) -> Row | None:
-    """Parts of a step, foretold and measured, in ms."""
+def _forecast(forecast: Row, receipt: Row) -> Row | None:
+    """Parts of a step, foretold and measured, in ms; and other figures of the two."""
     parts = numbers(forecast.get("parts"))
     whole = number(forecast.get("step_s"))
     if not parts and whole is None:
         return None
-    found = _time(rows, receipt) if receipt else None
-    measured = {r["phase"]: r["step_ms"] for r in found["rows"]} if found else {}
-    names = [p for p in PHASES if p in parts] + [p for p in parts if p not in PHASES]
-    table = [
-        {"part": p, "forecast": short(parts[p] * 1e3), "measured": measured.get(p)} for p in names
+    measured = at(forecast, "measured") if receipt else None
+    seen = numbers(at(measured, "parts"))
+    names = [p for p in PHASES if p in parts or seen.get(p)] + [p for p in parts if p not in PHASES]
+    rows = [("step", whole, number(at(measured, "step_s")))] if whole is not None else []
+    rows += [(p, parts.get(p, 0.0), seen.get(p)) for p in names]
+    facts = [
+        ("tokens/s", "tokens_per_second", "{:,.0f}".format),
+        ("scaling efficiency", "efficiency", "{:.1%}".format),
+        ("sent by a rank in a step", "sent_bytes_per_step", _bytes),
+        ("peak memory", "memory_bytes", _bytes),
     ]
-    if whole is not None:
-        took = number(receipt.get("step_ms"))
-        table.insert(
-            0, {"part": "step", "forecast": short(whole * 1e3), "measured": took and short(took)}
-        )
-    pairs = [
-        ("tokens/s", number(forecast.get("tokens_per_second")), number(receipt.get("tokens_per_second")), "{:,.0f}"),
-        ("scaling efficiency", number(forecast.get("efficiency")), number(receipt.get("efficiency")), "{:.1%}"),
-    ]  # fmt: skip
     return {
-        "rows": table,
-        "facts": [
-            [
-                name,
-                f.format(a) if a is not None else NOTHING,
-                f.format(b) if b is not None else NOTHING,
-            ]
-            for name, a, b, f in pairs
-            if a is not None or b is not None
+        "rows": [
+            {"part": p, "forecast": _ms(a), "measured": None if b is None else _ms(b)}
+            for p, a, b in rows
         ],
-        "error": number(forecast.get("error")),
-    }
+        "facts": [_fact(name, forecast.get(key), at(measured, key), form) for name, key, form in facts],
+        "error": number(forecast.get("error")) if measured else None,
+        "sources": [f"{k}: {v}" for k, v in _flat(forecast.get("sources") or {}).items()],
+    }  # fmt: skip
+
+
+def _fact(name: str, foretold: Any, measured: Any, form: Callable[[float], str]) -> list[Any]:
+    """[name, forecast, measured, how far off]."""
+    a, b = number(foretold), number(measured)
+    off = short(a / b - 1) if a is not None and b else None
+    return [name, *(NOTHING if v is None else form(v) for v in (a, b)), off]
+
+
+def _ms(seconds: float) -> float:
+    return short(seconds * 1e3)
+
+
+def _bytes(value: float) -> str:
+    return readable_bytes(int(value))
 
 
 def _plan(plan: Row) -> list[list[str]]:
+    """[what, value, reason], what was decided first and what was given or follows after it."""
     found = plan.get("reasons")
     reasons = found if isinstance(found, Mapping) else {}
     hyper = numbers(plan.get("hyper"))
     rest = {k: v for k, v in plan.items() if k not in ("reasons", "hyper")}
-    return [
+    rows = [
         [k.replace("_", " "), _text(k, v), str(reasons.get(k, ""))]
         for k, v in {**rest, **hyper}.items()
         if v is not None
     ]
+    return sorted(rows, key=lambda row: not row[2] or row[2] == "as given")
 
 
 def _text(name: str, value: Any) -> str:
@@ -368,7 +473,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 def _environment(environment: Row, receipt: Row) -> dict[str, str]:
     known = environment or {k: receipt[k] for k in ("device", "machine") if receipt.get(k)}
-    return {k.replace("_", " "): v for k, v in _flat(known).items()}
+    return {k.removesuffix("_bytes").replace("_", " "): v for k, v in _flat(known).items()}
 
 
 # --- the page
@@ -386,7 +491,7 @@ def read(paths: Sequence[Path]) -> Row:
     return {
         "phases": PHASES,
         "runs": runs,
-        "compare": compare(runs, paths),
+        "compare": compare(runs),
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 

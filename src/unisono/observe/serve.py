@@ -94,7 +94,7 @@ class Page:
 
     def _fresh(self) -> dict[str, Any]:
         with self._lock:
-            stamp = tuple(_stamp(self._run / n) for n in (*folder.KNOWN, "timeline.jsonl", "forecast.json", "probe.json"))  # fmt: skip
+            stamp = tuple(_stamp(self._run / n) for n in (*folder.KNOWN, "timeline.jsonl", "ranks.jsonl", "forecast.json", "probe.json"))  # fmt: skip
             if stamp != self._stamp:
                 self._data, self._stamp = report.read([self._run]), stamp
             return self._data
