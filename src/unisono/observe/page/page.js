@@ -188,7 +188,7 @@ function spread(labels, low, high) {
   for (const label of labels) label.y = Math.max(low, label.y);
 }
 
-const DASHES = [null, "7 4", "2 4", "9 3 2 3"];
+const DASHES = [null, "6 6", "2 4", "9 3 2 3"];
 function lineChart(spec, wide) {
   const values = spec.lines.flatMap((s) => s.points.flatMap((p) => p.slice(1)));
   const log = spec.log && Math.min(...values) > 0;
