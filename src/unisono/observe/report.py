@@ -7,7 +7,7 @@ style and script, which draws. Every number comes from a file of the run.
 Runs are not trusted: the page's content policy admits this one script by its hash and no other, data
 lie in a JSON block without `<`, and the script writes text nodes only.
 
-A 10,000-step run gives a page of about 200 kB. No torch is imported.
+A 10,000-step run gives a page of about 240 kB in a second. No torch is imported.
 """
 
 import base64
@@ -364,11 +364,13 @@ def _standing_still(rows: list[Row]) -> list[Row]:
     """Rows of `ranks.jsonl` as shares of the time in steps, mean over ranks."""
     found = []
     for row in rows:
-        total = {p: sum(r.get(p, 0.0) for r in _so_far([row])) for p in STEP_PHASES}
+        by_rank = _so_far([row])
+        total = {p: sum(r[p] for r in by_rank) for p in STEP_PHASES}
         whole = sum(total.values())
         if whole > 0:
             found.append({"step": row["step"], **{p: total[p] / whole for p in STILL}})
-    return [{k: v for k, v in row.items() if any(r[k] for r in found)} for row in found]
+    ever = {k for row in found for k, v in row.items() if v}
+    return [{k: v for k, v in row.items() if k in ever} for row in found]
 
 
 def _peaks(receipt: Row) -> list[float]:
