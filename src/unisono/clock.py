@@ -17,6 +17,19 @@ communication: exposed, this rank computes nothing meanwhile; waiting: for a slo
 rank that was given more; other: logging, digests, the loop itself."""
 PHASES = (*STEP_PHASES[:-1], "checkpoint", "evaluation", "other")
 """Those between steps too, in the order in which they are shown."""
+MEANING = {
+    "compute": "forward and backward",
+    "recomputation": "forward again, for memory",
+    "communication": "exposed: nothing else ran",
+    "waiting": "for a slower replica",
+    "imbalance": "for one with more work",
+    "data": "reading batches",
+    "optimizer": "clip and update",
+    "checkpoint": "writing to disk",
+    "evaluation": "on the held-out split",
+    "other": "logging, checks, the loop",
+}
+"""In a few words, for tables."""
 
 
 class Clock:

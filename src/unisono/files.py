@@ -8,6 +8,7 @@ What is true after each call, and what a kill or a power cut at any moment leave
 - `JsonLines.append`: the line is in the file whole, or not at all if it raises. It is not synced:
   a kill of the process loses nothing, a power cut may lose the newest lines. A crash leaves at most
   one torn line, the last; `read_lines` passes over it and the next opening cuts it off.
+- `Followed` reads such a file while it grows, each line once.
 - `truncate_after`: as `replacing`.
 - `RunLock`: at most one process on any host that shares the filesystem is inside. The kernel frees
   it when the holder dies, however that happens, so no lock is ever stale.
@@ -130,6 +131,35 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             row = _row(line)
             if row is not None:
                 yield row
+
+
+class Followed:
+    """A file of JSON lines that grows: `new` gives the rows that were added since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = self._offset = 0
+
+    def new(self) -> tuple[bool, list[dict[str, Any]]]:
+        """(whether it is another file than before or was cut, so that former rows do not count; rows).
+
+        A line that is not whole yet is read when it is. Raises OSError.
+        """
+        with self._path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            anew = found.st_ino != self._inode or found.st_size < self._offset
+            if anew:
+                self._inode, self._offset = found.st_ino, 0
+            file.seek(self._offset)
+            rows = []
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                row = _row(line)
+                if row is not None:
+                    rows.append(row)
+            return anew, rows
 
 
 def truncate_after(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:

@@ -42,6 +42,8 @@ def write_run(folder: Path, *, steps: int = 200, replicas: int = 2, **changes: A
         "wall_s": 60.0,
         "mfu": 0.41,
         "goodput": 0.97,
+        "memory_by_rank": [400_000_000 + r for r in range(replicas)],
+        "blame": [{"kind": "slow rank", "rank": 1, "cost": 0.05, "detail": "computes 6% longer"}],
         "advice": [{"what": "waiting for rank 1", "share": 0.05, "gain": 0.06, "do": "look at it"}],
         "seconds_by_rank": [
             {p: 60 * s for p, s in zip(PHASES, SHARES, strict=True)} for _ in range(replicas)
@@ -52,8 +54,18 @@ def write_run(folder: Path, *, steps: int = 200, replicas: int = 2, **changes: A
         "parts": {"compute": 0.22, "communication": 0.01},
         "tokens_per_second": 13000.0,
         "efficiency": 0.93,
-        "memory_bytes": 400_000_000,
-        "error": 0.036,
+        "sent_bytes_per_step": 1_000_000,
+        "memory_bytes": 380_000_000,
+        "sources": {"pass": "a probe", "link": "a probe"},
+        "error": -0.036,
+        "measured": {
+            "step_s": 0.28,
+            "parts": {"compute": 0.24, "communication": 0.009, "waiting": 0.015},
+            "tokens_per_second": 12600.0,
+            "efficiency": 0.9,
+            "sent_bytes_per_step": 1_000_000,
+            "memory_bytes": 400_000_000,
+        },
     }
     probe = {
         "collectives": [
@@ -68,6 +80,7 @@ def write_run(folder: Path, *, steps: int = 200, replicas: int = 2, **changes: A
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value))
     write_lines(folder / "metrics.jsonl", [metrics_row(s) for s in range(1, steps + 1)])
+    write_lines(folder / "ranks.jsonl", [ranks_row(s, replicas) for s in range(1, steps + 1)])
     held = [{"step": s, "eval/loss": 5 - s / steps} for s in range(steps // 4, steps + 1, steps // 4)]  # fmt: skip
     write_lines(folder / "metrics.jsonl", held)
     write_lines(
@@ -99,6 +112,13 @@ def metrics_row(step: int) -> dict[str, Any]:
         "batch/critical_tokens": 4000.0,
         **{f"time/{p}_s": 0.3 * s for p, s in zip(PHASES, SHARES, strict=True)},
     }
+
+
+def ranks_row(step: int, replicas: int = 2) -> dict[str, Any]:
+    """Rank 0 waits for 0.02 s of a step of 0.3 s, the others never; no time of the first is known."""
+    waits = [0.02 * (r == 0) for r in range(replicas)]
+    seconds = [{"compute": 0.29 - w, "waiting": w, "data": 0.01} for w in waits]
+    return {"step": step, "steps": step > 1, "seconds": seconds if step > 1 else []}
 
 
 def timeline_row(step: int, rank: int, late_ms: float = 20.0) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opened import Opened
 
 from unisono.errors import UnisonoError
-from unisono.observe import report
+from unisono.observe import charts, folder, recorded, report
 
 
 @pytest.fixture
@@ -37,9 +37,39 @@ def test_numbers_come_from_the_files(run: Path) -> None:
         "loss", "rate", "norm", "throughput", "exposed", "mfu", "noise", "memory",
     }  # fmt: skip
     assert shown["forecast"]["rows"][0] == {"part": "step", "forecast": 270.0, "measured": 280.0}
+    assert {"part": "waiting", "forecast": 0.0, "measured": 15.0} in shown["forecast"]["rows"]
+    assert ["peak memory", "362.4 MiB", "381.5 MiB", -0.05] in shown["forecast"]["facts"]
+    assert shown["said"] == [
+        {"what": "slow rank", "text": "rank 1 computes 6% longer; cost 5% of all steps"}
+    ]
+    assert [r["text"] for r in shown["memory"]["rows"]] == ["381.5 MiB"] * 2
     assert ["bucket mb", "1.3", "link of 18 Gbit/s"] in shown["plan"]
     assert shown["advice"][0]["do"] == "look at it"
     assert shown["missing"] == []
+
+
+def test_what_kept_all_ranks_from_computing_is_never_negative(run: Path) -> None:
+    """Rank 0's own metrics settle a step's waiting one step later; ranks.jsonl has it in its step."""
+    rows = [metrics_row(s) | {"time/waiting_s": 0.1 * (-1) ** s} for s in range(1, 201)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    [chart] = [c for c in report.view(run)["charts"] if c["id"] == "exposed"]
+    lines = {x["name"]: x["points"] for x in chart["lines"]}
+    assert lines["waiting"] == [
+        [s, pytest.approx(100 * 0.01 / 0.3, rel=1e-4)] for s in range(2, 201)
+    ]
+    assert lines.keys() == {"waiting", "data"}, "what nobody ever has is no line"
+    (run / "ranks.jsonl").unlink()
+    [chart] = [c for c in report.view(run)["charts"] if c["id"] == "exposed"]
+    assert chart["note"].startswith("Rank 0 as it went")
+
+
+def test_events_are_named_and_marked(run: Path) -> None:
+    write_lines(
+        run / "metrics.jsonl", [{"step": 40, "event": "step 40: jump: loss 9.000 after 4.000"}]
+    )
+    shown = report.view(run)
+    assert shown["said"][-1] == {"what": "step 40", "text": "jump: loss 9.000 after 4.000"}
+    assert shown["charts"][0]["marks"] == [[40, "jump: loss 9.000 after 4.000"]]
 
 
 def test_removing_a_phase_gains_what_it_took(run: Path) -> None:
@@ -94,31 +124,31 @@ def in_pairs(operation: str, sent_bytes: list[int]) -> list[dict[str, Any]]:
 
 def test_groups_of_one_name_are_told_apart() -> None:
     rows = in_pairs("all-reduce", [1_000_000, 1_000_000])
-    shown = report.timeline(rows)
+    shown = recorded.timeline(rows)
     assert shown
     [step] = shown["steps"]
     assert [c[7] for r in step["ranks"] for c in r["collectives"]] == [1, 1, 3, 3]
     assert step["waits"] == [[0, 1, 20.0], [2, 3, 20.0]]
-    found = report._bandwidth(rows, {})
+    found = recorded.bandwidth(rows, {})
     assert found and found["points"][0]["points"] == [[1_000_000, 200.0]] * 2
 
 
 def test_bandwidth_of_a_broadcast_is_of_the_whole_tensor() -> None:
-    found = report._bandwidth(in_pairs("broadcast", [1_000_000, 0]), {})
+    found = recorded.bandwidth(in_pairs("broadcast", [1_000_000, 0]), {})
     assert found and found["points"][0]["points"] == [[1_000_000, 200.0]] * 2
 
 
 def test_a_row_that_is_added_while_the_file_is_read_is_not_torn(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = report.read_lines
+    read = folder.read_lines
 
     def read_while_written(path: Path) -> Any:
         rows = list(read(path))
         write_lines(path, [metrics_row(300)])
         return rows
 
-    monkeypatch.setattr(report, "read_lines", read_while_written)
+    monkeypatch.setattr(folder, "read_lines", read_while_written)
     assert report.view(run)["missing"] == []
 
 
@@ -126,12 +156,12 @@ def test_long_series_keep_their_extremes() -> None:
     rows = [{"step": k, "v": math.sin(k)} for k in range(1, 10_001)]
     rows[6000]["v"] = 50.0
     rows[7000]["v"] = None
-    found = report.series(rows, "v")
-    assert len(found) <= report.MOST_POINTS
+    found = charts.series(rows, "v")
+    assert len(found) <= charts.MOST_POINTS
     assert max(p[3] for p in found) == 50.0
     assert min(p[2] for p in found) == pytest.approx(-1, abs=1e-4)
     assert all(low <= mean <= high for _, mean, low, high in found)
-    assert report.series(rows[:20], "v") == [[k, report.short(math.sin(k))] for k in range(1, 21)]
+    assert charts.series(rows[:20], "v") == [[k, folder.short(math.sin(k))] for k in range(1, 21)]
 
 
 def test_a_page_of_ten_thousand_steps_and_many_ranks_is_small(tmp_path: Path) -> None:
@@ -152,7 +182,7 @@ def test_a_thousand_ranks_show_those_that_waited_most_and_least(tmp_path: Path) 
     (run / "timeline.jsonl").unlink()
     write_lines(run / "timeline.jsonl", [timeline_row(5, r) for r in range(1000)])
     step = report.view(run)["timeline"]["steps"][0]
-    assert step["num_ranks"] == 1000 and len(step["ranks"]) == report.MOST_RANKS
+    assert step["num_ranks"] == 1000 and len(step["ranks"]) == recorded.MOST_RANKS
     assert 1 in [r["rank"] for r in step["ranks"]], "the one that all waited for"
 
 
@@ -167,6 +197,7 @@ PARTS = {
     "forecast.json": "Forecast against measurement",
     "probe.json": "Bandwidth of the probe",
     "timeline.jsonl": "Timeline",
+    "ranks.jsonl": "Time of every rank as it went",
 }
 
 
@@ -203,7 +234,13 @@ def test_a_run_in_progress(run: Path) -> None:
     (run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     shown = report.view(run)
     assert shown["state"] == {"kind": "open", "text": "not finished: step 60 of 200"}
-    assert shown["time"]["source"] == "metrics so far: rank 0"
+    assert shown["time"]["source"] == "so far: mean over ranks"
+    assert {r["phase"]: r["share"] for r in shown["time"]["rows"]}["waiting"] == pytest.approx(
+        0.01 / 0.3, rel=1e-4
+    )
+    (run / "ranks.jsonl").unlink()
+    shown = report.view(run)
+    assert shown["time"]["source"] == "so far: rank 0"
     assert {r["phase"]: r["share"] for r in shown["time"]["rows"]}["waiting"] == pytest.approx(0.05)
     assert "30%" in [t["value"] for t in shown["tiles"]]
 
@@ -284,9 +321,23 @@ def test_two_runs_give_the_curve_and_what_changed(tmp_path: Path) -> None:
         ("one", 1, 1.0),
         ("two", 2, 1.0),
     ]
+    assert [f["foretold"] for f in found["scaling"]] == [13000.0] * 2
     changed = {row[0]: row[1:] for row in found["changed"]}
     assert changed == {"learning_rate": ["0.002", "0.001"], "replicas": ["2", "1"]}
     assert [c["title"] for c in found["charts"]] == ["Loss, training", "Loss, held out", "Throughput"]  # fmt: skip
+    assert [c["note"] for c in found["charts"]] == [
+        "Equal to the fifth digit at all 200 points that they share.",
+        "Equal to the fifth digit at all 4 points that they share.",
+        "",
+    ]
+    rows = [metrics_row(s) | {"train/loss": 3 + 0.01 * (s == 7)} for s in range(1, 10)]
+    (one / "metrics.jsonl").write_text(
+        "".join(json.dumps({**r, "train/loss": 3.0}) + "\n" for r in rows)
+    )
+    (two / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert (
+        report.read([two, one])["compare"]["charts"][0]["note"] == "At most 0.01 apart, at step 7."
+    )
     assert report.read([one])["compare"] is None
 
 
@@ -402,6 +453,22 @@ def test_tooltips_by_pointer_and_keyboard(browser: Any, run: Path, tmp_path: Pat
     assert shown.wrong == []
 
 
+def test_what_was_named_is_shown_and_marked(browser: Any, run: Path, tmp_path: Path) -> None:
+    write_lines(run / "metrics.jsonl", [{"step": 40, "event": "step 40: jump: loss 9 after 4"}])
+    shown = opened(browser, [run], tmp_path, viewport=PHONE)
+    text = shown.page.locator("main").inner_text()
+    for words in ("rank 1 computes 6% longer; cost 5% of all steps", "jump: loss 9 after 4", "up to +6.0%", "look at it", "Peak by rank"):  # fmt: skip
+        assert words in text
+    loss = shown.page.locator("svg[aria-label^='Loss']")
+    assert loss.locator(".mark").count() == 1
+    loss.focus()
+    shown.page.keyboard.press("Home")
+    for _ in range(39):
+        shown.page.keyboard.press("ArrowRight")
+    assert shown.tip().endswith("jump: loss 9 after 4")
+    assert shown.wrong == []
+
+
 def test_steps_and_zoom_of_the_timeline(browser: Any, run: Path, tmp_path: Path) -> None:
     shown = opened(browser, [run], tmp_path, viewport=DESK)
     page = shown.page
@@ -435,7 +502,14 @@ def test_the_run_switch(browser: Any, tmp_path: Path) -> None:
     shown = opened(browser, paths, tmp_path, viewport=PHONE)
     page = shown.page
     assert page.locator("h1").inner_text() == "Side by side"
-    assert shown.count("svg[aria-label^='Throughput by number of replicas'] circle") == 3
+    curve = "svg[aria-label^='Throughput by number of replicas']"
+    assert shown.count(f"{curve} circle.fill") == shown.count(f"{curve} circle.ring") == 3
+    page.locator(curve).focus()
+    page.keyboard.press("Home")
+    assert (
+        shown.tip()
+        == "run-1\n6,300 tokens/s on 1\n100.0% of linear\n90.0% by its own receipt\nforetold 13,000"
+    )
     assert "seed" in page.locator("main").inner_text()
     page.get_by_role("tab", name="run-2").click()
     assert page.locator("h1").inner_text().startswith("run-2")

@@ -20,6 +20,7 @@ from fake_run import metrics_row, write_lines, write_run
 from opened import Opened
 
 from jobs import job_fields, write_corpus
+from unisono import files
 from unisono.cli import SERVE_PORT, _with_port
 from unisono.observe import report, serve
 from unisono.observe.serve import Server, serving
@@ -56,7 +57,9 @@ def test_it_shows_the_run_as_it_goes(server: Server, run: Path) -> None:
     again = get(f"{server.url}data.json", **{"If-None-Match": headers["ETag"]})
     assert again[0] == 304 and not again[2]
     write_lines(run / "metrics.jsonl", [metrics_row(201)])
-    status, _, text = get(f"{server.url}data.json", **{"If-None-Match": headers["ETag"]})
+    status = 304
+    while status == 304:  # files are not read again at once
+        status, _, text = get(f"{server.url}data.json", **{"If-None-Match": headers["ETag"]})
     assert status == 200 and json.loads(text)["runs"][0]["step"] == 201
 
 
@@ -97,6 +100,43 @@ def test_metrics_for_prometheus(server: Server, run: Path) -> None:
     assert found["unisono_step"] == 300 and found["unisono_train_loss"] == 1.25
     assert found["unisono_perf_tokens_per_second"] == pytest.approx(12_000, abs=600)
     assert "unisono_note" not in found
+
+
+def test_metrics_reads_what_is_new_only(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = serve.Page(run)
+    assert page._newest_values()["step"] == 200
+    parsed: list[bytes] = []
+    row = files._row
+    monkeypatch.setattr(files, "_row", lambda line: parsed.append(line) or row(line))
+    write_lines(run / "metrics.jsonl", [{"step": 201, "train/loss": 1.0}])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 202')
+    assert page._newest_values()["step"] == 201 and len(parsed) == 1
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("}\n")
+    found = page._newest_values()
+    assert (found["step"], found["train/loss"], len(parsed)) == (202, 1.0, 2)
+    files.truncate_after(run / "metrics.jsonl", lambda row: row["step"] <= 10)  # as a resume does
+    assert page._newest_values()["step"] == 10
+
+
+def test_a_long_run_is_not_read_all_the_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, reads = [100.0], []
+    for clock in ("monotonic", "thread_time"):
+        monkeypatch.setattr(serve.time, clock, lambda: now[0])
+
+    def read(paths: list[Path]) -> dict:
+        reads.append(now[0])
+        now[0] += 0.5  # a long one
+        return {}
+
+    monkeypatch.setattr(serve.report, "read", read)
+    page = serve.Page(run)
+    for _ in range(100):
+        write_lines(run / "metrics.jsonl", [metrics_row(201)])
+        page._fresh()
+        now[0] += 0.1
+    assert len(reads) == 2, "at most a tenth of 10 seconds"
 
 
 def test_without_the_extra_metrics_says_what_to_install(
@@ -160,9 +200,25 @@ def test_it_dies_with_a_run_that_is_killed(run: Path) -> None:
         urllib.request.urlopen(url, timeout=30)
 
 
-def test_a_crash_of_the_page_is_not_the_runs(run: Path) -> None:
-    with serving(run, 0, str, str) as server:
+def test_a_crash_of_the_page_is_not_the_runs_and_is_said(run: Path) -> None:
+    warned: list[str] = []
+    with serving(run, 0, str, warned.append) as server:
         os.kill(server._process.pid, signal.SIGKILL)
+        server._thread.join(30)
+        [line] = warned
+        assert (
+            f"the live page at {server.url} has ended (killed by signal 9); training goes on"
+            in line
+        )
+        assert str(run) in line
+    assert len(warned) == 1
+
+
+def test_an_end_with_the_run_is_no_warning(run: Path) -> None:
+    warned: list[str] = []
+    with serving(run, 0, str, warned.append) as server:
+        assert get(server.url)[0] == 200
+    assert warned == [] and not server._thread.is_alive()
 
 
 def test_the_port_may_be_left_out() -> None:
@@ -185,6 +241,13 @@ def test_the_live_page_updates_and_says_the_end(browser: Any, run: Path) -> None
         write_lines(run / "metrics.jsonl", [metrics_row(201)])
         expect(page.locator(".state")).to_contain_text("step 201")
         assert page.get_by_role("button", name="6", exact=True).get_attribute("aria-pressed") == "true"  # fmt: skip
+        # Nothing that a reader looks at moves.
+        page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        before = page.evaluate("scrollY")
+        assert before > 1000
+        write_lines(run / "metrics.jsonl", [metrics_row(202)])
+        expect(page.locator(".state")).to_contain_text("step 202")
+        assert page.evaluate("scrollY") == before
         assert shown.wrong == []
         assert {u for u in shown.asked if not u.startswith("data:")} <= {server.url, f"{server.url}data.json"}  # fmt: skip
     finally:

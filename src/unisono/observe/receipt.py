@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unisono.clock import PHASES, STEP_PHASES
+from unisono.clock import MEANING, PHASES, STEP_PHASES
 from unisono.files import readable_bytes
 from unisono.observe.advice import gain_without
 from unisono.observe.blame import Blame
@@ -25,18 +25,6 @@ from unisono.observe.flops import Peak
 from unisono.observe.screen import clock_time
 from unisono.train.trial import Baseline
 
-MEANING = {
-    "compute": "forward and backward",
-    "recomputation": "forward again, for memory",
-    "communication": "exposed, not hidden",
-    "waiting": "for a slower replica",
-    "imbalance": "for one with more work",
-    "data": "reading batches",
-    "optimizer": "clip and update",
-    "checkpoint": "writing to disk",
-    "evaluation": "on the held-out split",
-    "other": "logging, checks, the loop",
-}
 BETWEEN_REPLICAS = ("communication", "waiting", "imbalance")
 WORTH_SAYING = 0.005
 """Gain from which on advice is shown; all of it is in receipt.json."""

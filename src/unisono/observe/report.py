@@ -1,15 +1,13 @@
 """The report page: what the files of one or more runs say, as one HTML file that needs nothing else.
 
-`view` reads a run's folder into plain values, `compare` several runs, `page` puts them into
-page/page.html with its style and script; the script draws. Every number comes from a file of the run;
-whatever is absent or damaged is listed under `missing` with how to get it. Nothing here raises for
-what a file contains, only for a folder that is no run.
+`view` reads a run's folder (folder.py) into plain values, with its charts (charts.py) and recorded steps
+(recorded.py); compare.py sets several beside each other; `page` puts all into page/page.html with its
+style and script, which draws. Every number comes from a file of the run.
 
 Runs are not trusted: the page's content policy admits this one script by its hash and no other, data
 lie in a JSON block without `<`, and the script writes text nodes only.
 
-Long series are cut into at most MOST_POINTS bins, each with mean, least and greatest value, so that no
-spike is lost; a 10,000-step run gives a page of about 200 kB. No torch is imported.
+A 10,000-step run gives a page of about 240 kB in a second. No torch is imported.
 """
 
 import base64
@@ -19,180 +17,25 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unisono.clock import PHASES, STEP_PHASES
+from unisono.clock import MEANING, PHASES, STEP_PHASES
 from unisono.errors import UnisonoError
-from unisono.files import read_lines, readable_bytes, replacing
+from unisono.files import readable_bytes, replacing
+from unisono.observe.charts import MOST_POINTS, chart, line, series
+from unisono.observe.compare import compare
+from unisono.observe.folder import NOTHING, Folder, Row, at, number, numbers, objects, short
+from unisono.observe.recorded import bandwidth, some_ranks, timeline
 
-NOTHING = "\N{EN DASH}"
 PAGE = Path(__file__).parent / "page"
 MOST_RUNS = 8
-MOST_POINTS = 400
-TIMELINE_BYTES = 110_000
-"""Of timeline in a page, for each run; steps beyond that are left out, and the page says so."""
-MOST_RANKS = 64
-KNOWN = ("run.json", "plan.json", "metrics.jsonl", "receipt.json")
-MEANING = {
-    "compute": "forward and backward",
-    "recomputation": "forward again, for memory",
-    "communication": "exposed: nothing else ran meanwhile",
-    "waiting": "for a slower replica",
-    "imbalance": "for one with more work",
-    "data": "reading batches",
-    "optimizer": "clip and update",
-    "checkpoint": "writing to disk",
-    "evaluation": "on the held-out split",
-    "other": "logging, checks, the loop",
-}
+MOST_SAID = 40
+STILL = ("communication", "waiting", "imbalance", "data")
+"""What keeps a rank from computing in a step."""
 RARE = ("recomputation", "imbalance")
 """Phases that are shown only where there is any."""
-Row = dict[str, Any]
-
-
-# --- a run's files, whatever state they are in
-
-
-class Folder:
-    """The files of a run, and what is missing of them."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises UnisonoError when this is no run's folder."""
-        self.path = path
-        self.missing: list[tuple[str, str, str]] = []
-        """(what the page lacks, why, how to get it)"""
-        try:
-            found = any((path / name).is_file() for name in KNOWN)
-        except OSError as error:
-            raise UnisonoError(f"{path}: cannot be read: {error.strerror}") from None
-        if not found:
-            raise UnisonoError(
-                f"{path}: no run is there (none of {', '.join(KNOWN)}); give the output_dir of a run"
-            )
-
-    def lacks(self, what: str, why: str, how: str) -> None:
-        self.missing.append((what, why, how))
-
-    def json(self, name: str, what: str, how: str) -> Row:
-        """The object in a file; {} and an entry in `missing` where there is none."""
-        try:
-            value = json.loads((self.path / name).read_bytes())
-        except FileNotFoundError:
-            self.lacks(what, f"{name} is not there", how)
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            self.lacks(what, f"{name} cannot be read ({type(error).__name__})", how)
-            return {}
-        if not isinstance(value, dict):
-            self.lacks(what, f"{name} holds no object", how)
-            return {}
-        return value
-
-    def lines(self, name: str, what: str, how: str) -> list[Row]:
-        """The rows of a file, those with a step."""
-        try:
-            # In this order: a row that a running job adds meanwhile is not taken for a torn one.
-            with (self.path / name).open("rb") as file:
-                lines = sum(1 for _ in file)
-            rows = list(read_lines(self.path / name))
-        except FileNotFoundError:
-            self.lacks(what, f"{name} is not there", how)
-            return []
-        except OSError as error:
-            self.lacks(what, f"{name} cannot be read ({error.strerror})", how)
-            return []
-        if lines > len(rows):
-            torn = lines - len(rows)
-            self.lacks(
-                f"{torn} {'line' if torn == 1 else 'lines'} of {name}",
-                "torn by a stop in the middle of a write, or damaged",
-                "nothing to do: the next start of the run cuts a torn line off",
-            )
-        rows = [r for r in rows if isinstance(r.get("step"), int) and number(r["step"]) is not None]
-        if not rows and not lines:
-            self.lacks(what, f"{name} is empty so far", how)
-        return rows
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None for whatever else a file may hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def at(value: Any, *path: Any) -> Any:
-    """value[path[0]][path[1]]..., None where that leads nowhere."""
-    for key in path:
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
-
-
-def numbers(value: Any) -> dict[str, float]:
-    """The finite numbers of a mapping."""
-    items = value.items() if isinstance(value, Mapping) else ()
-    return {str(k): v for k, raw in items if (v := number(raw)) is not None}
-
-
-def objects(value: Any) -> list[Mapping[str, Any]]:
-    """The mappings of a list."""
-    return [v for v in value if isinstance(v, Mapping)] if isinstance(value, list) else []
-
-
-def short(value: float) -> float:
-    """Five significant digits: what a chart can show."""
-    return float(f"{value:.5g}")
-
-
-# --- series
-
-
-def series(rows: Iterable[Row], name: str, scale: float = 1.0) -> list[list[float]]:
-    """[step, value] or, of more than MOST_POINTS, [middle step, mean, least, greatest] of each bin."""
-    points = [(r["step"], v * scale) for r in rows if (v := number(r.get(name))) is not None]
-    points.sort(key=lambda p: p[0])
-    if len(points) <= MOST_POINTS:
-        return [[x, short(y)] for x, y in points]
-    first, last = points[0][0], points[-1][0]
-    width = (last - first + 1) / MOST_POINTS
-    bins: dict[int, list[tuple[int, float]]] = defaultdict(list)
-    for x, y in points:
-        bins[int((x - first) / width)].append((x, y))
-    return [
-        [
-            short(statistics.fmean(x for x, _ in b)),
-            *map(short, (statistics.fmean(y for _, y in b), min(y for _, y in b), max(y for _, y in b))),
-        ]
-        for b in bins.values()
-    ]  # fmt: skip
-
-
-def chart(
-    name: str, title: str, unit: str, lines: Sequence[Row], *, log: bool = False,
-    rules: Sequence[tuple[str, float | None]] = (), note: str = "", zero: bool = False,
-    low: bool = False,
-) -> Row | None:  # fmt: skip
-    """What the script needs to draw lines over steps; None without a point."""
-    drawn = [line for line in lines if line["points"]]
-    if not drawn:
-        return None
-    return {
-        "id": name, "title": title, "unit": unit, "lines": drawn, "log": log, "zero": zero,
-        "rules": [[label, value] for label, value in rules if value], "note": note, "low": low,
-    }  # fmt: skip
-
-
-def line(
-    name: str, points: Sequence[Sequence[float]], colour: str = "a", dots: bool = False
-) -> Row:
-    return {"name": name, "points": points, "colour": colour, "dots": dots}
 
 
 # --- one run
@@ -219,6 +62,11 @@ def view(path: Path) -> Row:
     steps = folder.lines(
         "timeline.jsonl", "Timeline", "train again: this run is of an older version"
     )
+    ranks = folder.lines(
+        "ranks.jsonl",
+        "Time of every rank as it went",
+        "train again: this run is of an older version",
+    )
     step = max([r["step"] for r in rows] + [int(number(receipt.get("step")) or 0)], default=0)
     last = number(plan.get("max_steps")) or number(config.get("max_steps"))
     # A receipt of fewer steps than the metrics is of the time before a resume.
@@ -231,18 +79,30 @@ def view(path: Path) -> Row:
         "step": step,
         "subtitle": _subtitle(config, plan, receipt),
         "tiles": _tiles(rows, receipt, step, last, forecast),
-        "time": _time(rows, receipt),
+        "time": _time(rows, ranks, receipt),
+        "said": _said(rows, receipt),
         "advice": _advice(receipt),
         "batch": _batch_advice(receipt),
         "timeline": timeline(steps),
-        "charts": _charts(rows, plan, receipt, forecast, folder),
-        "forecast": _forecast(forecast, receipt, rows),
-        "bandwidth": _bandwidth(steps, probe),
+        "charts": _charts(rows, ranks, config, plan, receipt, forecast, folder),
+        "result": _result(receipt, forecast),
+        "memory": _memory(receipt),
+        "forecast": _forecast(forecast, receipt),
+        "bandwidth": bandwidth(steps, probe),
         "plan": _plan(plan),
         "config": _flat(config),
         "environment": _environment(environment, receipt),
         "missing": folder.missing,
     }
+
+
+def _result(receipt: Row, forecast: Row) -> Row | None:
+    """A run's point of a scaling curve."""
+    n, rate = number(receipt.get("replicas")), number(receipt.get("tokens_per_second"))
+    if not n or not rate or n < 1 or rate < 0:
+        return None
+    own, foretold = number(receipt.get("efficiency")), number(forecast.get("tokens_per_second"))
+    return {"replicas": n, "rate": short(rate), "own": own, "foretold": foretold}
 
 
 def _state(step: int, last: float | None, receipt: Row) -> Row:
@@ -294,7 +154,16 @@ def _tiles(
     tile("training loss", loss[-1] if loss else None, "{:.3f}".format, "last row")
     tile("step", number(receipt.get("step_ms")), _milliseconds, "mean")
     tile("wall time", number(receipt.get("wall_s")), _duration, "since start or resume")
-    tile("MFU", _share(receipt.get("mfu")), "{:.1%}".format, "model FLOPs used")
+    mfu = _share(receipt.get("mfu"))
+    tile("MFU", mfu, "{:.1%}".format, "model FLOPs used")
+    if mfu is None:
+        flops = number(at(receipt, "mfu", "flops_per_second"))
+        why = str(at(receipt, "mfu", "source") or "")
+        tile("GFLOP/s a replica", flops and flops / 1e9, "{:,.1f}".format, f"no MFU: {why}")
+    memory = max(_peaks(receipt), default=None)
+    foretold = number(forecast.get("memory_bytes"))
+    note = f"forecast {readable_bytes(int(foretold))}" if foretold else "of the rank with most"
+    tile("peak memory", memory, lambda v: readable_bytes(int(v)), note)
     note = "time that became committed steps"
     tile("goodput", _share(receipt.get("goodput")), "{:.1%}".format, note)
     if not receipt and last:
@@ -321,16 +190,16 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _time(rows: list[Row], receipt: Row) -> Row | None:
-    """Seconds by phase, in all and by rank: the receipt's, or of the rows so far (rank 0)."""
+def _time(rows: list[Row], ranks: list[Row], receipt: Row) -> Row | None:
+    """Seconds by phase, in all and by rank: the receipt's, or those so far."""
     by_rank = [numbers(r) for r in objects(receipt.get("seconds_by_rank"))]
     source = "the receipt: mean over ranks"
     if not by_rank:
-        so_far: dict[str, float] = defaultdict(float)
-        for row in rows:
-            for phase in PHASES:
-                so_far[phase] += number(row.get(f"time/{phase}_s")) or 0.0
-        by_rank, source = [so_far], "metrics so far: rank 0"
+        by_rank, source = _so_far(ranks), "so far: mean over ranks"
+    if not by_rank:
+        by_rank, source = _so_far([_own(row) for row in rows]), "so far: rank 0"
+    if not by_rank:
+        return None
     seconds = {p: statistics.fmean(r.get(p, 0.0) for r in by_rank) for p in PHASES}
     total = sum(seconds.values())
     if total <= 0:
@@ -359,10 +228,28 @@ def _time(rows: list[Row], receipt: Row) -> Row | None:
     }
 
 
+def _so_far(rows: list[Row]) -> list[dict[str, float]]:
+    """Seconds by phase of every rank, all rows of `ranks.jsonl` added up."""
+    total: list[dict[str, float]] = []
+    for row in rows:
+        for rank, seconds in enumerate(objects(row.get("seconds"))):
+            if rank == len(total):
+                total.append(defaultdict(float))
+            for phase, s in numbers(seconds).items():
+                total[rank][phase] += s
+    return total
+
+
+def _own(row: Row) -> Row:
+    """Rank 0's own times, of a row of metrics, as `ranks.jsonl` has them."""
+    seconds = {p: s for p in PHASES if (s := number(row.get(f"time/{p}_s")))}
+    return {"step": row["step"], "seconds": [seconds] if seconds else []}
+
+
 def _by_rank(by_rank: list[dict[str, float]]) -> Row | None:
     if len(by_rank) < 2:
         return None
-    kept = _some_ranks(len(by_rank), 24, lambda r: by_rank[r].get("waiting", 0.0))
+    kept = some_ranks(len(by_rank), 24, lambda r: by_rank[r].get("waiting", 0.0))
     return {
         "rows": [
             {"rank": r, "seconds": [short(by_rank[r].get(p, 0.0)) for p in PHASES]} for r in kept
@@ -373,10 +260,19 @@ def _by_rank(by_rank: list[dict[str, float]]) -> Row | None:
     }
 
 
-def _some_ranks(count: int, most: int, key: Callable[[int], float]) -> list[int]:
-    """All ranks, or half of `most` from either end of the order by `key`."""
-    ranks = sorted(range(count), key=key)
-    return sorted(ranks if count <= most else ranks[: most // 2] + ranks[-most // 2 :])
+def _said(rows: list[Row], receipt: Row) -> list[Row]:
+    """Who slowed the run down with what it cost, then what was said while it went."""
+    found = []
+    for b in objects(receipt.get("blame")):
+        who = "" if (rank := number(b.get("rank"))) is None else f"rank {rank:g} "
+        cost = number(b.get("cost"))
+        lost = "" if cost is None else f"; cost {cost:.0%} of all steps"
+        found.append({"what": str(b.get("kind", "")), "text": f"{who}{b.get('detail', '')}{lost}"})
+    events = [str(r["event"]) for r in rows if isinstance(r.get("event"), str)]
+    for text in events[-MOST_SAID:]:
+        step, _, event = text.partition(": ")
+        found.append({"what": step, "text": event or text})
+    return found
 
 
 def _advice(receipt: Row) -> list[Row]:
@@ -405,7 +301,8 @@ def _noise(rows: list[Row]) -> list[list[float]]:
 
 
 def _charts(
-    rows: list[Row], plan: Row, receipt: Row, forecast: Row, folder: Folder
+    rows: list[Row], ranks: list[Row], config: Row, plan: Row, receipt: Row, forecast: Row,
+    folder: Folder,
 ) -> list[Row]:  # fmt: skip
     batch = (number(plan.get("global_batch_size")) or 0) * (
         number(plan.get("sequence_length")) or 0
@@ -417,28 +314,36 @@ def _charts(
             "no row of metrics.jsonl has it within bounds",
             "it needs two replicas, or two micro-batches a step, and more steps",
         )
-    memory = series(rows, "perf/memory_bytes")
+    most = max([number(r.get("perf/memory_bytes")) or 0 for r in rows] + _peaks(receipt), default=0)
+    unit, scale = ("GiB", 2**-30) if most >= 2**30 else ("MiB", 2**-20)
+    memory = series(rows, "perf/memory_bytes", scale)
     if not memory:
         folder.lacks(
             "Memory over time",
             "no row of metrics.jsonl has perf/memory_bytes",
             "the plan below says what weights, gradients and optimizer take",
         )
+    still, whose = _standing_still(ranks), "Mean over ranks."
+    if not still:
+        still, whose = _standing_still([_own(row) for row in rows]), "Rank 0 as it went."
+    marks = [
+        [r["step"], str(r["event"]).partition(": ")[2]]
+        for r in rows
+        if isinstance(r.get("event"), str)
+    ]
     charts = [
         chart("loss", "Loss", "nats a token", [
             line("training", series(rows, "train/loss"), "a"),
             line("held out", series(rows, "eval/loss"), "b", dots=True),
-        ]),
+        ], marks=marks),
         chart("rate", "Learning rate", "", [line("learning rate", series(rows, "train/learning_rate"), "c")], zero=True, low=True),
         chart("norm", "Gradient norm", "before clipping", [line("gradient norm", series(rows, "train/grad_norm"), "d")],
-              rules=[("clipped above", number(_config(folder, "max_grad_norm")))], log=True, low=True),
+              rules=[("clipped above", number(config.get("max_grad_norm")))], log=True, low=True, marks=marks),
         chart("throughput", "Throughput", "tokens/s", [line("all replicas", series(rows, "perf/tokens_per_second"), "a")],
               rules=[("forecast", number(forecast.get("tokens_per_second"))), ("mean", number(receipt.get("tokens_per_second")))], zero=True),
         chart("exposed", "Not computing", "% of step time", [
-            line("communication", series(rows, "comm/exposed_fraction", 100), "communication"),
-            line("waiting", series(rows, "comm/waiting_fraction", 100), "waiting"),
-        ], zero=True, low=True, note="Exposed communication, and waiting for a slower replica: rank 0 as it went. "
-              "What a step waited for others is settled one step later, so a row of one step may fall below zero."),
+            line(phase, series(still, phase, 100), phase) for phase in STILL
+        ], zero=True, low=True, note=f"{whose} What none of them has is not drawn."),
         chart("mfu", "Model FLOPs used", "%", [line("MFU", series(rows, "perf/mfu", 100), "a")], zero=True, low=True),
         chart("noise", "Gradient noise scale", "tokens", [
             line("noise scale", noise, "a"),
@@ -446,66 +351,102 @@ def _charts(
         ], rules=[("this batch", batch or None)], log=True,
             note="Below the noise scale a larger batch still saves steps; far above it, it saves none. "
                  "Band: where the noise scale lies with 95% certainty; a wide band says little."),
-        chart("memory", "Memory", "GiB", [line("in use", series(rows, "perf/memory_bytes", 2**-30), "a")],
-              rules=[("model and optimizer", (number(plan.get("model_bytes")) or 0) / 2**30),
-                     ("forecast", (number(forecast.get("memory_bytes")) or 0) / 2**30)], zero=True),
+        chart("memory", "Memory in use", f"{unit}, rank 0", [line("in use", memory, "a")], zero=True, low=True, rules=[
+            ("peak", max(_peaks(receipt), default=0) * scale),
+            ("forecast of the peak", (number(forecast.get("memory_bytes")) or 0) * scale),
+            ("model and optimizer", (number(plan.get("model_bytes")) or 0) * scale),
+        ]),
     ]  # fmt: skip
     return [c for c in charts if c]
 
 
-def _config(folder: Folder, name: str) -> Any:
-    try:
-        return at(json.loads((folder.path / "run.json").read_bytes()), name)
-    except (OSError, ValueError, RecursionError):
+def _standing_still(rows: list[Row]) -> list[Row]:
+    """Rows of `ranks.jsonl` as shares of the time in steps, mean over ranks."""
+    found = []
+    for row in rows:
+        by_rank = _so_far([row])
+        total = {p: sum(r[p] for r in by_rank) for p in STEP_PHASES}
+        whole = sum(total.values())
+        if whole > 0:
+            found.append({"step": row["step"], **{p: total[p] / whole for p in STILL}})
+    ever = {k for row in found for k, v in row.items() if v}
+    return [{k: v for k, v in row.items() if k in ever} for row in found]
+
+
+def _peaks(receipt: Row) -> list[float]:
+    """Bytes of memory at most, by rank."""
+    found = receipt.get("memory_by_rank")
+    return [v for v in map(number, found) if v] if isinstance(found, list) else []
+
+
+def _memory(receipt: Row) -> Row | None:
+    """Peaks by rank, of several."""
+    peaks = _peaks(receipt)
+    if len(peaks) < 2:
         return None
+    kept = some_ranks(len(peaks), 16, lambda r: peaks[r])
+    note = f"{len(kept)} of {len(peaks)} ranks: those with most and least"
+    return {
+        "rows": [{"rank": r, "bytes": peaks[r], "text": readable_bytes(int(peaks[r]))} for r in kept],
+        "note": note if len(kept) < len(peaks) else "",
+    }  # fmt: skip
 
 
-def _forecast(forecast: Row, receipt: Row, rows: list[Row]) -> Row | None:
-    """Parts of a step, foretold and measured, in ms."""
+def _forecast(forecast: Row, receipt: Row) -> Row | None:
+    """Parts of a step, foretold and measured, in ms; and other figures of the two."""
     parts = numbers(forecast.get("parts"))
     whole = number(forecast.get("step_s"))
     if not parts and whole is None:
         return None
-    found = _time(rows, receipt) if receipt else None
-    measured = {r["phase"]: r["step_ms"] for r in found["rows"]} if found else {}
-    names = [p for p in PHASES if p in parts] + [p for p in parts if p not in PHASES]
-    table = [
-        {"part": p, "forecast": short(parts[p] * 1e3), "measured": measured.get(p)} for p in names
+    measured = at(forecast, "measured") if receipt else None
+    seen = numbers(at(measured, "parts"))
+    names = [p for p in PHASES if p in parts or seen.get(p)] + [p for p in parts if p not in PHASES]
+    rows = [("step", whole, number(at(measured, "step_s")))] if whole is not None else []
+    rows += [(p, parts.get(p, 0.0), seen.get(p)) for p in names]
+    facts = [
+        ("tokens/s", "tokens_per_second", "{:,.0f}".format),
+        ("scaling efficiency", "efficiency", "{:.1%}".format),
+        ("sent by a rank in a step", "sent_bytes_per_step", _bytes),
+        ("peak memory", "memory_bytes", _bytes),
     ]
-    if whole is not None:
-        took = number(receipt.get("step_ms"))
-        table.insert(
-            0, {"part": "step", "forecast": short(whole * 1e3), "measured": took and short(took)}
-        )
-    pairs = [
-        ("tokens/s", number(forecast.get("tokens_per_second")), number(receipt.get("tokens_per_second")), "{:,.0f}"),
-        ("scaling efficiency", number(forecast.get("efficiency")), number(receipt.get("efficiency")), "{:.1%}"),
-    ]  # fmt: skip
     return {
-        "rows": table,
-        "facts": [
-            [
-                name,
-                f.format(a) if a is not None else NOTHING,
-                f.format(b) if b is not None else NOTHING,
-            ]
-            for name, a, b, f in pairs
-            if a is not None or b is not None
+        "rows": [
+            {"part": p, "forecast": _ms(a), "measured": None if b is None else _ms(b)}
+            for p, a, b in rows
         ],
-        "error": number(forecast.get("error")),
-    }
+        "facts": [_fact(name, forecast.get(key), at(measured, key), form) for name, key, form in facts],
+        "error": number(forecast.get("error")) if measured else None,
+        "sources": [f"{k}: {v}" for k, v in _flat(forecast.get("sources") or {}).items()],
+    }  # fmt: skip
+
+
+def _fact(name: str, foretold: Any, measured: Any, form: Callable[[float], str]) -> list[Any]:
+    """[name, forecast, measured, how far off]."""
+    a, b = number(foretold), number(measured)
+    off = short(a / b - 1) if a is not None and b else None
+    return [name, *(NOTHING if v is None else form(v) for v in (a, b)), off]
+
+
+def _ms(seconds: float) -> float:
+    return short(seconds * 1e3)
+
+
+def _bytes(value: float) -> str:
+    return readable_bytes(int(value))
 
 
 def _plan(plan: Row) -> list[list[str]]:
+    """[what, value, reason], what was decided first and what was given or follows after it."""
     found = plan.get("reasons")
     reasons = found if isinstance(found, Mapping) else {}
     hyper = numbers(plan.get("hyper"))
     rest = {k: v for k, v in plan.items() if k not in ("reasons", "hyper")}
-    return [
+    rows = [
         [k.replace("_", " "), _text(k, v), str(reasons.get(k, ""))]
         for k, v in {**rest, **hyper}.items()
         if v is not None
     ]
+    return sorted(rows, key=lambda row: not row[2] or row[2] == "as given")
 
 
 def _text(name: str, value: Any) -> str:
@@ -534,279 +475,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 def _environment(environment: Row, receipt: Row) -> dict[str, str]:
     known = environment or {k: receipt[k] for k in ("device", "machine") if receipt.get(k)}
-    return {k.replace("_", " "): v for k, v in _flat(known).items()}
-
-
-# --- the timeline
-
-
-def timeline(rows: list[Row]) -> Row | None:
-    """The recorded steps that fit, with who came last at each collective; None without any."""
-    by_step: dict[int, list[Row]] = defaultdict(list)
-    for row in rows:
-        if isinstance(row.get("rank"), int) and isinstance(row.get("spans"), list):
-            by_step[row["step"]].append(row)
-    if not by_step:
-        return None
-    shown: list[Row] = []
-    room = TIMELINE_BYTES
-    for step in _in_order_of_interest(sorted(by_step)):
-        ordered = sorted(by_step[step], key=lambda r: r["rank"])
-        one, size, most = None, room + 1, 2 * MOST_RANKS
-        while size > room and most > 2 and not (shown and one):
-            most //= 2
-            one = _step(step, ordered, most)
-            size = len(json.dumps(one, separators=(",", ":")))
-        if one is None:
-            continue
-        if shown and size > room:
-            break
-        shown.append(one)
-        room -= size
-    if not shown:
-        return None
-    shown.sort(key=lambda s: s["step"])
-    return {"steps": shown, "recorded": len(by_step)}
-
-
-def _in_order_of_interest(steps: list[int]) -> list[int]:
-    """The newest, the first, then what halves the largest gap."""
-    if len(steps) < 3:
-        return steps[::-1]
-    order, gaps = [steps[-1], steps[0]], [(0, len(steps) - 1)]
-    while gaps:
-        low, high = gaps.pop(0)
-        middle = (low + high) // 2
-        if middle not in (low, high):
-            order.append(steps[middle])
-            gaps += [(low, middle), (middle, high)]
-    return order
-
-
-def _step(step: int, rows: list[Row], most: int) -> Row | None:
-    """One step, at most `most` ranks of it."""
-    spans = {r["rank"]: _spans(r["spans"]) for r in rows}
-    collectives = {r["rank"]: _collectives(r) for r in rows}
-    ends = [s[2] for each in spans.values() for s in each]
-    if not ends:
-        return None
-    begin, end = min(s[1] for each in spans.values() for s in each), max(ends)
-    arrivals: dict[tuple[Any, ...], list[tuple[float, int]]] = defaultdict(list)
-    for rank, each in collectives.items():
-        for c in each:
-            arrivals[c["key"]].append((c["started"], rank))
-    # Only where all ranks have the entry is it known who came last.
-    last = {k: max(a) for k, a in arrivals.items() if len(a) == (len(k[-1]) or len(rows)) > 1}
-    waits: dict[tuple[int, int], float] = defaultdict(float)
-    ranks = []
-    kept = _some_ranks(
-        len(rows),
-        most,
-        lambda i: sum(
-            s[2] - s[1] for s in spans[rows[i]["rank"]] if s[0] == PHASES.index("waiting")
-        ),
-    )
-    for index, row in enumerate(rows):
-        rank = row["rank"]
-        travelled = []
-        for c in collectives[rank]:
-            late, who = last.get(c["key"], (0.0, -1))
-            blamed = 0.0
-            if who not in (-1, rank) and c["finished"] is not None:
-                # Of the standing still, what lies before the last one came was for that one.
-                blamed = max(0.0, min(c["waited"], late - (c["finished"] - c["waited"])))
-                waits[rank, who] += blamed
-            travelled.append(
-                [c["operation"], c["group"], c["sequence"], c["bytes"], c["started"], c["waited"],
-                 c["finished"], who, round(blamed, 3)]
-            )  # fmt: skip
-        if index in kept:
-            ranks.append(
-                {
-                    "rank": rank,
-                    "host": str(row.get("host", "")),
-                    "error": number(row.get("offset_error_ms")) or 0.0,
-                    "spans": spans[rank],
-                    "collectives": travelled,
-                    "left_out": int((number(row.get("spans_left_out")) or 0) + (number(row.get("collectives_left_out")) or 0)),
-                }
-            )  # fmt: skip
-    return {
-        "step": step,
-        "begin": begin,
-        "end": end,
-        "num_ranks": len(rows),
-        "ranks": ranks,
-        "waits": [[a, b, round(ms, 3)] for (a, b), ms in sorted(waits.items(), key=lambda w: -w[1])[:6] if ms > 0],
-    }  # fmt: skip
-
-
-def _spans(raw: Any) -> list[list[float]]:
-    """[index of the phase, began, ended] in ms."""
-    found: list[list[float]] = []
-    for item in raw:
-        if isinstance(item, list) and len(item) == 3 and item[0] in PHASES:
-            began, ended = number(item[1]), number(item[2])
-            if began is not None and ended is not None and ended >= began:
-                found.append([PHASES.index(item[0]), began, ended])
-    return found
-
-
-def _collectives(row: Row) -> list[Row]:
-    """Those of a row; `key` is the same on all ranks that take part, and ends with them, () for all."""
-    found = []
-    for item in objects(row.get("collectives")):
-        if number(item.get("started_ms")) is None:
-            continue
-        operation, group = str(item.get("operation", "")), str(item.get("group", ""))
-        sequence = int(number(item.get("sequence")) or 0)
-        members = at(row.get("groups"), group)
-        members = tuple(map(str, members)) if isinstance(members, list) else ()
-        found.append(
-            {
-                "key": (operation, group, sequence, members),
-                "operation": operation,
-                "group": group,
-                "sequence": sequence,
-                "bytes": int(number(item.get("sent_bytes")) or 0),
-                "started": number(item.get("started_ms")),
-                "waited": number(item.get("waited_ms")) or 0.0,
-                "finished": number(item.get("finished_ms")),
-            }
-        )
-    return found
-
-
-# --- bandwidth
-
-
-def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
-    """Collectives of the recorded steps beside the probe's: [whole tensor's bytes, bus MB/s].
-
-    nccl-tests' bus bandwidth is what each rank sends over the time, of a broadcast the whole. A
-    collective has begun when the last rank came and is known to have ended when the first rank knew;
-    overlapped with computation it may have ended before that, so that these are lower bounds.
-    """
-    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    ranks: dict[int, set[int]] = defaultdict(set)
-    for row in rows:
-        if isinstance(row.get("rank"), int):
-            ranks[row["step"]].add(row["rank"])
-            for c in _collectives(row):
-                found[(row["step"], *c["key"])].append(c)
-    points: dict[str, list[list[float]]] = defaultdict(list)
-    for (step, operation, _, _, members), each in found.items():
-        n = len(members) or len(ranks[step])
-        if n < 2 or len(each) != n or any(c["finished"] is None for c in each):
-            continue
-        seconds = (min(c["finished"] for c in each) - max(c["started"] for c in each)) / 1e3
-        sent = max(c["bytes"] for c in each)
-        if seconds > 0 and sent > 0:
-            whole = sent / _sent_of_whole(operation, n)
-            bus = whole if operation == "broadcast" else sent
-            points[operation].append([round(whole), short(bus / seconds / 1e6)])
-    lines: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-    for p in objects(probe.get("collectives")):
-        size, speed = number(p.get("bytes")), number(p.get("busbw_GBps"))
-        if size and speed and size > 0 and speed > 0:
-            where = str(p.get("operation", "")), str(p.get("axis") or "")
-            lines[where].append([size, short(speed * 1e3)])
-    if not points and not lines:
-        return None
-    return {
-        "points": [{"operation": k, "points": _thin(v)} for k, v in sorted(points.items())],
-        "lines": [
-            {"operation": operation, "axis": axis, "points": sorted(v)[:200]}
-            for (operation, axis), v in sorted(lines.items())
-        ][:16],
-    }
-
-
-def _sent_of_whole(operation: str, n: int) -> float:
-    """What the rank that sends most sends, over the whole tensor (sync/ledger.py)."""
-    if operation == "broadcast":
-        return n - 1
-    return (2 if operation == "all-reduce" else 1) * (n - 1) / n
-
-
-def _thin(points: list[list[float]], most: int = 250) -> list[list[float]]:
-    """Every so-maniest of the points in order of size."""
-    points = sorted(points)
-    return points[:: math.ceil(len(points) / most)]
-
-
-# --- several runs
-
-
-def compare(runs: Sequence[Row], paths: Sequence[Path]) -> Row | None:
-    """Scaling over the runs, what changed between them, and where each one's time went."""
-    if len(runs) < 2:
-        return None
-    return {
-        "scaling": _scaling(paths, runs),
-        "changed": _changed(runs),
-        "charts": [c for c in (_overlay(runs, "loss", 0), _overlay(runs, "loss", 1), _overlay(runs, "throughput", 0)) if c],
-        "time": [
-            {"name": r["name"], "rows": {x["phase"]: x["step_ms"] for x in r["time"]["rows"]}}
-            for r in runs
-            if r["time"] and any(x["step_ms"] for x in r["time"]["rows"])
-        ],
-    }  # fmt: skip
-
-
-def _scaling(paths: Sequence[Path], runs: Sequence[Row]) -> list[Row]:
-    """Throughput by replicas, best first at equal counts."""
-    found = []
-    for path, run in zip(paths, runs, strict=True):
-        try:
-            receipt = json.loads((path / "receipt.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        n, rate = number(at(receipt, "replicas")), number(at(receipt, "tokens_per_second"))
-        if n and rate:
-            own = number(at(receipt, "efficiency"))
-            found.append({"name": run["name"], "replicas": n, "rate": short(rate), "own": own})
-    found.sort(key=lambda f: (f["replicas"], -f["rate"]))
-    for f in found:
-        first = found[0]
-        f["efficiency"] = short((f["rate"] / f["replicas"]) / (first["rate"] / first["replicas"]))
-    return found
-
-
-def _changed(runs: Sequence[Row]) -> list[list[str]]:
-    """[name, value in each run] of what is not the same in all."""
-    tables = []
-    for run in runs:
-        plan = {f"plan: {what}": value for what, value, _ in run["plan"]}
-        environment = {f"environment: {k}": v for k, v in run["environment"].items()}
-        tables.append({**run["config"], **plan, **environment})
-    names = list(dict.fromkeys(name for table in tables for name in table))
-    rows = [[name, *(table.get(name, NOTHING) for table in tables)] for name in names]
-    asked = {row[0].replace("_", " ") for row in rows if len(set(row[1:])) > 1}
-    return [
-        row
-        for row in rows
-        if len(set(row[1:])) > 1
-        and row[0] != "output_dir"
-        # What follows from the configuration under the same name is said once.
-        and row[0].partition(": ")[2] not in asked
-    ]
-
-
-def _overlay(runs: Sequence[Row], name: str, index: int) -> Row | None:
-    """Line `index` of the chart of this name, of every run."""
-    lines, found = [], None
-    for k, run in enumerate(runs):
-        for c in run["charts"]:
-            if c["id"] == name and len(c["lines"]) > index:
-                found = found or c
-                points = c["lines"][index]["points"]
-                lines.append({**line(run["name"], points, f"run{k}"), "dots": False})
-    if found is None or len(lines) < 2:
-        return None
-    what = found["lines"][index]["name"]
-    title = found["title"] if len(found["lines"]) == 1 else f"{found['title']}, {what}"
-    return {**found, "id": f"{name}-{index}", "title": title, "lines": lines, "rules": []}
+    return {k.removesuffix("_bytes").replace("_", " "): v for k, v in _flat(known).items()}
 
 
 # --- the page
@@ -824,7 +493,7 @@ def read(paths: Sequence[Path]) -> Row:
     return {
         "phases": PHASES,
         "runs": runs,
-        "compare": compare(runs, paths),
+        "compare": compare(runs),
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 

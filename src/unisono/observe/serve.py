@@ -5,6 +5,9 @@ and never fails with it: the run binds the socket (a port that is taken is one w
 process, and closes its standard input at the end. The process ends when that input does, which the
 kernel sees to however the run dies. It reads files only when somebody asks and a file has changed.
 
+Should it end before the run, the run says so once. What a page costs is bounded: a run's files are read
+again at most so often that it takes SHARE of a core, and `/metrics` reads what is new.
+
 It answers GET and HEAD for `/` (the page), `/data.json` (its data) and `/metrics` (Prometheus), only
 for requests that name this host, so that no page of another site can read it by rebinding a name.
 No torch is imported.
@@ -17,26 +20,29 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from unisono.files import read_lines
-from unisono.observe import report
+from unisono.files import Followed
+from unisono.observe import folder, report
 
 LOOPBACK = "127.0.0.1"
 NICENESS = 19
 PATIENCE_S = 20.0
 """How long a client may take to ask."""
 ENDING_S = 5.0
+SHARE = 0.1
+"""Of a core, at most, for reading a long run again and again while a page is open."""
 
 
 class Server:
     """The process beside a run. `stop` ends it; so does the end of this process."""
 
-    def __init__(self, run: Path, port: int) -> None:
-        """Raises OSError when the port is taken. Port 0 takes a free one."""
+    def __init__(self, run: Path, port: int, warn: Callable[[str], None] | None = None) -> None:
+        """Raises OSError when the port is taken. Port 0 takes a free one. `warn`: hears of an early end."""
         with socket.create_server((LOOPBACK, port)) as listener:
             self.url = f"http://{LOOPBACK}:{listener.getsockname()[1]}/"
             self._process = subprocess.Popen(
@@ -47,17 +53,33 @@ class Server:
                 pass_fds=[listener.fileno()],
                 start_new_session=True,  # Ctrl-C is the run's; the page shows how it ends
             )
+        self._stopping = False
+        self._warn = warn or (lambda _: None)
+        self._thread = threading.Thread(
+            target=self._wait, args=(run,), name="unisono-serve", daemon=True
+        )
+        self._thread.start()
+
+    def _wait(self, run: Path) -> None:
+        code = self._process.wait()
+        if not self._stopping:
+            why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            self._warn(
+                f"--serve: the live page at {self.url} has ended ({why}); training goes on; "
+                f"unisono report {run} makes a file of it"
+            )
 
     def stop(self) -> None:
         """Ends the process and waits for it; a second call does nothing."""
         assert self._process.stdin is not None
+        self._stopping = True
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
             self._process.wait(ENDING_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+        self._thread.join()
 
 
 @contextlib.contextmanager
@@ -66,7 +88,7 @@ def serving(run: Path, port: int | None, say: Callable[[str], None], warn: Calla
     server = None
     if port is not None:
         try:
-            server = Server(run, port)
+            server = Server(run, port, warn)
             say(f"live page: {server.url}")
         except OSError as error:
             warn(
@@ -91,12 +113,17 @@ class Page:
         self._lock = threading.Lock()
         self._stamp: tuple[Any, ...] = ()
         self._data: dict[str, Any] = {}
+        self._not_before = 0.0
+        self._rows = Followed(run / "metrics.jsonl")
+        self._newest: dict[str, float] = {}
 
     def _fresh(self) -> dict[str, Any]:
         with self._lock:
-            stamp = tuple(_stamp(self._run / n) for n in (*report.KNOWN, "timeline.jsonl", "forecast.json", "probe.json"))  # fmt: skip
-            if stamp != self._stamp:
+            stamp = tuple(_stamp(self._run / n) for n in (*folder.KNOWN, "timeline.jsonl", "ranks.jsonl", "forecast.json", "probe.json"))  # fmt: skip
+            if stamp != self._stamp and time.monotonic() >= self._not_before:
+                began = time.thread_time()
                 self._data, self._stamp = report.read([self._run]), stamp
+                self._not_before = time.monotonic() + (time.thread_time() - began) / SHARE
             return self._data
 
     def html(self) -> str:
@@ -109,16 +136,22 @@ class Page:
         """The newest value of every metric, as Prometheus reads it. Raises ImportError."""
         from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-        newest: dict[str, float] = {}
-        with contextlib.suppress(OSError):
-            for row in read_lines(self._run / "metrics.jsonl"):
-                newest |= report.numbers(row)
         registry = CollectorRegistry()
-        for name, value in sorted(newest.items()):
+        for name, value in sorted(self._newest_values().items()):
             safe = "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
             with contextlib.suppress(ValueError):  # two names that differ in a sign only
                 Gauge(f"unisono_{safe}", f"{name}, newest row", registry=registry).set(value)
         return bytes(generate_latest(registry))
+
+    def _newest_values(self) -> dict[str, float]:
+        with self._lock:
+            with contextlib.suppress(OSError):
+                anew, rows = self._rows.new()
+                if anew:  # a resume has cut rows off
+                    self._newest = {}
+                for row in rows:
+                    self._newest |= folder.numbers(row)
+            return dict(self._newest)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -192,8 +225,15 @@ def main(run: Path, fd: int) -> None:
     server.server_address = server.socket.getsockname()
     server.daemon_threads = True
     Handler.page = Page(run)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=_serve, args=(server,), daemon=True).start()
     sys.stdin.buffer.read()
+
+
+def _serve(server: ThreadingHTTPServer) -> None:
+    try:
+        server.serve_forever()
+    finally:
+        os._exit(1)  # a page that does not answer is no page; the run says that it has ended
 
 
 if __name__ == "__main__":

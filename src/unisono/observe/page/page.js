@@ -15,7 +15,7 @@ function make(node, attributes, children) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else node.setAttribute(name, value);
   }
-  for (const child of children.flat()) {
+  for (const child of children.flat(Infinity)) {
     if (child !== null && child !== undefined && child !== "" && child !== false) node.append(child);
   }
   return node;
@@ -49,6 +49,7 @@ function tickText(v) {
   return String(Number(v.toPrecision(6)));
 }
 const ms = (v) => (v === null || v === undefined ? "–" : v >= 100 ? `${v.toFixed(0)} ms` : v >= 1 ? `${v.toFixed(1)} ms` : v >= 0.1 ? `${v.toFixed(2)} ms` : `${(v * 1000).toFixed(0)} µs`);
+const inSeconds = (v) => `${Number(v.toPrecision(3))} s`;
 const percent = (v, digits = 1) => `${(100 * v).toFixed(digits)}%`;
 function bytes(v) {
   for (const [size, unit] of [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]]) {
@@ -78,7 +79,7 @@ function logTicks(low, high, most) {
     }
   }
   const stride = Math.ceil(found.length / most);
-  return found.length > 1 ? found.filter((_, k) => k % stride === 0) : [low, high];
+  return found.length > 1 ? found.filter((_, k) => (found.length - 1 - k) % stride === 0) : [low, high];
 }
 function scale(low, high, from, to, log) {
   if (!(high > low)) { high = low + (Math.abs(low) || 1) * 0.5; low -= log ? low / 2 : (Math.abs(low) || 1) * 0.5; }
@@ -187,6 +188,7 @@ function spread(labels, low, high) {
   for (const label of labels) label.y = Math.max(low, label.y);
 }
 
+const DASHES = [null, "6 6", "2 4", "9 3 2 3"];
 function lineChart(spec, wide) {
   const values = spec.lines.flatMap((s) => s.points.flatMap((p) => p.slice(1)));
   const log = spec.log && Math.min(...values) > 0;
@@ -195,8 +197,8 @@ function lineChart(spec, wide) {
     const alone = spec.lines.length === 1 && !spec.rules.length;
     const ends = !alone && w > 560;
     const base = spec.low ? 150 : w > 560 ? 250 : 210;
-    const longest = Math.max(...spec.lines.map((s) => s.name.length), ...spec.rules.map(([label, v]) => 1 + label.length + num(v).length));
-    const pad = { l: 52, r: ends ? Math.min(250, 16 + longest * 7.4) : 12, t: 10, b: 26 };
+    const longest = Math.max(...spec.lines.map((s) => 7.6 * s.name.length), ...spec.rules.map(([label, v]) => 6.6 * (1 + label.length + num(v).length)));
+    const pad = { l: 52, r: ends ? Math.min(240, 14 + longest) : 12, t: 10, b: 26 };
     // Without room at the ends of the lines, their names stand in rows above.
     const names = alone ? [] : [...spec.lines.map((s) => [s.name, `ink label c-${s.colour}`]),
       ...spec.rules.map(([label, value]) => [`${ends ? "" : "- - "}${label} ${num(value)}`, ""])];
@@ -209,6 +211,7 @@ function lineChart(spec, wide) {
       left += width + 14;
     }
     if (above.length) pad.t = top + 12;
+    if (spec.marks && spec.marks.length) pad.t += 8;
     const h = base + Math.max(0, pad.t - 24);
     const root = canvas(w, h, `${spec.title}${spec.unit ? ` in ${spec.unit}` : ""} over steps`);
     const steps = spec.lines.flatMap((s) => s.points.map((p) => p[0]));
@@ -222,7 +225,7 @@ function lineChart(spec, wide) {
       if (log && value <= 0) continue;
       root.append(svg("line", { class: "rule", x1: pad.l, x2: w - pad.r, y1: y(value), y2: y(value) }));
     }
-    const heights = [];
+    const heights = [], lengths = [];
     for (const s of spec.lines) {
       const group = svg("g", { class: `c-${s.colour}` });
       if (s.points.some((p) => p.length > 2)) {
@@ -230,20 +233,29 @@ function lineChart(spec, wide) {
         const down = s.points.map((p) => `${x(p[0]).toFixed(1)},${y(p[2] ?? p[1]).toFixed(1)}`).reverse();
         group.append(svg("path", { class: "area fill line", d: `M${up.concat(down).join("L")}Z` }));
       }
-      group.append(svg("path", { class: "ln line", d: `M${s.points.map((p) => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join("L")}` }));
+      const dash = spec.dashed && DASHES[spec.lines.indexOf(s) % DASHES.length];
+      group.append(svg("path", { class: "ln line", "stroke-dasharray": dash, d: `M${s.points.map((p) => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join("L")}` }));
       if (s.dots || s.points.length === 1) {
         for (const p of s.points) group.append(svg("circle", { class: "fill", cx: x(p[0]), cy: y(p[1]), r: s.points.length > 60 ? 2 : 3.5 }));
       }
       const last = s.points[s.points.length - 1];
       heights.push(y(last[1]));
+      lengths.push(x(last[0]));
       root.append(group);
+    }
+    for (const [step] of spec.marks || []) {
+      const at = x(step);
+      root.append(svg("path", { class: "mark", d: `M${at - 4},${pad.t - 8}h8l-4,6z` }), svg("line", { class: "mark-line", x1: at, x2: at, y1: pad.t, y2: h - pad.b }));
     }
     root.append(...above);
     for (const [, value] of spec.rules) heights.push(log && value <= 0 ? h - pad.b : y(value));
-    const labels = ends ? names.map(([text, kind], k) => ({ text, kind, y: heights[k] + 4 })) : [];
-    spread(labels, pad.t + 8, h - pad.b);
-    for (const { text, kind, y: at } of labels) {
-      root.append(svg("text", { class: kind, x: w - pad.r + 8, y: at }, text));
+    const labels = ends ? names.map(([text, kind], k) => ({ text, kind, y: heights[k] + 4, x: lengths[k] ?? w })) : [];
+    // A line that ends early is named where it ends.
+    const early = labels.filter((label) => label.x < w - pad.r - 60);
+    const rest = labels.filter((label) => !early.includes(label));
+    spread(rest, pad.t + 8, h - pad.b);
+    for (const { text, kind, x: end, y: at } of [...early, ...rest]) {
+      root.append(svg("text", { class: kind, x: Math.min(end, w - pad.r) + 8, y: at }, text));
     }
     const all = [...new Set(steps)].sort((a, b) => a - b);
     const cross = svg("g", {});
@@ -267,6 +279,7 @@ function lineChart(spec, wide) {
         cross.append(svg("circle", { class: `fill hot c-${s.colour}`, cx: x(at), cy: y(p[1]), r: 4 }));
         text.push(`${s.name} ${num(p[1])}${p.length > 2 ? ` (${num(p[2])} to ${num(p[3])})` : ""}`);
       }
+      text.push(...(spec.marks || []).filter(([step]) => step === at).map(([, what]) => `▾ ${what}`));
       return { x: x(at), y: highest, text: text.join("\n") };
     });
     return root;
@@ -313,7 +326,7 @@ function byRank(found) {
     for (const name of ["pointerenter", "focus"]) stack.addEventListener(name, show);
     for (const name of ["pointerleave", "blur"]) stack.addEventListener(name, hideTip);
     const waited = seconds[data.phases.indexOf("waiting")];
-    return [el("span", {}, `rank ${rank}`), stack, el("span", { class: "soft" }, `waited ${num(waited)} s`)];
+    return [el("span", {}, `rank ${rank}`), stack, el("span", { class: "soft" }, `waited ${inSeconds(waited)}`)];
   });
   return el("figure", {}, el("figcaption", {}, el("h3", {}, "By rank")), el("div", { class: "ranks" }, rows),
     found.note && el("p", { class: "note" }, found.note));
@@ -354,12 +367,12 @@ function timeline(run, found) {
     const present = data.phases.filter((p, k) => step.ranks.some((r) => r.spans.some((s) => s[0] === k)));
     holder.replaceChildren(
       el("div", { class: "steps" }, el("span", {}, "step"), steps, tools),
-      picture, key(present), el("p", { class: "note" }, said(step, found)));
+      picture, key(present), el("p", { class: "note" }, aboutStep(step, found)));
   };
   draw();
   return holder;
 }
-function said(step, found) {
+function aboutStep(step, found) {
   const text = [`Step ${whole(step.step)} took ${ms(step.end - step.begin)}.`];
   const waits = step.waits.filter((w) => w[2] >= 0.05).slice(0, 3);
   if (waits.length) text.push(`${waits.map(([a, b, t]) => `Rank ${a} stood still ${ms(t)} for rank ${b}`).join("; ")}.`);
@@ -487,20 +500,23 @@ function lanes(step, [low, high], w, zoom, select) {
 // --- forecast, bandwidth, scaling
 
 function forecast(found) {
-  const most = Math.max(...found.rows.flatMap((r) => [r.forecast || 0, r.measured || 0]));
-  const body = el("tbody", {}, found.rows.map((r) => {
-    const [f, m] = [(100 * r.forecast) / most, r.measured === null ? null : (100 * r.measured) / most];
-    const dumb = el("div", { class: "dumb" });
-    if (m !== null && m !== undefined) dumb.append(placed(el("s", {}), Math.min(f, m), Math.abs(f - m)));
-    const dot = (at, kind) => { const b = el("b", { class: kind }); b.style.left = `${at}%`; return b; };
-    if (m !== null && m !== undefined) dumb.append(dot(m, ""));
-    dumb.append(dot(f, "f"));
-    const off = r.measured ? r.forecast / r.measured - 1 : null;
+  const offs = found.rows.map((r) => (r.measured === null ? 0 : r.forecast - r.measured));
+  const [least, most] = [Math.min(0, ...offs), Math.max(0, ...offs)];
+  const span = most - least || 1, zero = (100 * -least) / span;
+  const signed = (v) => `${v >= 0 ? "+" : "−"}${percent(Math.abs(v))}`;
+  const body = el("tbody", {}, found.rows.map((r, k) => {
+    const track = el("div", { class: "off" });
+    if (r.measured !== null) {
+      track.append(placed(el("u", {}), zero, 0),
+        placed(el("b", { class: `bg ${k ? `c-${r.part}` : "c-step"}` }), zero + (100 * Math.min(0, offs[k])) / span, (100 * Math.abs(offs[k])) / span));
+    }
     return el("tr", {}, el("th", { scope: "row" }, r.part), el("td", { class: "n" }, ms(r.forecast)), el("td", { class: "n" }, ms(r.measured)),
-      el("td", { class: "n" }, off === null ? "–" : `${off >= 0 ? "+" : "−"}${percent(Math.abs(off))}`), el("td", { class: "bar" }, dumb));
-  }), found.facts.map(([name, a, b]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "n" }, a), el("td", { class: "n" }, b), el("td", {}), el("td", {}))));
-  return el("table", { class: "bars four" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "part of a step"), el("th", { scope: "col", class: "n" }, "○ forecast"),
-    el("th", { scope: "col", class: "n" }, "● measured"), el("th", { scope: "col", class: "n" }, "off by"), el("th", { scope: "col", class: "bar" }, ""))), body);
+      el("td", { class: "n" }, r.measured === null ? "–" : `${offs[k] >= 0 ? "+" : "−"}${ms(Math.abs(offs[k]))}`),
+      el("td", { class: "bar", "aria-hidden": "true" }, track));
+  }), found.facts.filter(([, a, b]) => a !== "–" || b !== "–").map(([name, a, b, off]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "n" }, a), el("td", { class: "n" }, b),
+    el("td", { class: "n" }, off === null ? "–" : signed(off)), el("td", { class: "bar" }))));
+  const head = [["part of a step", ""], ["forecast", "n"], ["measured", "n"], ["off by", "n"], ["too short ← → too long", "bar"]];
+  return el("table", { class: "bars four" }, el("thead", {}, el("tr", {}, head.map(([text, kind]) => el("th", { scope: "col", class: kind || null }, text)))), body);
 }
 function bandwidth(found) {
   const colours = ["a", "b", "c", "d", "e", "checkpoint", "evaluation", "run7"];
@@ -508,7 +524,7 @@ function bandwidth(found) {
   const colour = (s) => colours[names.indexOf(s.operation) % colours.length];
   const axis = [...new Set(found.lines.map((s) => s.axis))];
   const dash = (s) => (axis.indexOf(s.axis) ? `${2 + 3 * axis.indexOf(s.axis)} 3` : null);
-  return figure("Bus bandwidth by size", "MB/s", "Size: the whole tensor. Bus bandwidth as nccl-tests defines it: what each rank sends over the time. Dots: collectives of the recorded steps, from the last rank's arrival until the first rank knew the end; what overlapped with computation may have been faster. Lines: the probe.", (w) => {
+  return figure("Bus bandwidth by size", "MB/s", "Size: the whole tensor. Bus bandwidth as nccl-tests defines it: what each rank sends over the time. A collective of the recorded steps lasts from the last rank's arrival until the first rank knew the end; what overlapped with computation may have been faster.", (w) => {
     const pad = { l: 52, r: 14, t: 8, b: 28 }, h = w > 560 ? 290 : 230;
     const every = [...found.points, ...found.lines].flatMap((s) => s.points);
     const root = canvas(w, h, "Bus bandwidth in MB/s by bytes");
@@ -518,7 +534,7 @@ function bandwidth(found) {
     for (let p = Math.ceil(Math.log2(x.low)); p <= Math.log2(x.high); p++) powers.push(2 ** p);
     const stride = Math.max(1, Math.ceil(powers.length / Math.max(2, (w - pad.l) / 80)));
     x.ticks = () => powers.filter((_, k) => k % stride === 0);
-    axes(root, x, y, pad, w, h, { xText: bytes });
+    axes(root, x, y, pad, w, h, { xText: bytes, n: 7 });
     for (const s of found.lines) {
       root.append(svg("g", { class: `c-${colour(s)}` },
         svg("path", { class: "ln line", "stroke-dasharray": dash(s), d: `M${s.points.map((p) => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join("L")}` })));
@@ -542,7 +558,7 @@ function bandwidth(found) {
       ring.setAttribute("cy", items[k].y);
       return items[k];
     });
-    const legend = el("div", { class: "key" }, names.map((n) => el("span", { class: `c-${colour({ operation: n })}` }, el("i", { class: "bg" }), n)),
+    const legend = el("div", { class: "key" }, el("span", {}, "● this run"), found.lines.length > 0 && el("span", {}, "— the probe"), names.map((n) => el("span", { class: `c-${colour({ operation: n })}` }, el("i", { class: "bg" }), n)),
       axis.length > 1 && axis.map((a, k) => el("span", {}, `probe over ${a}: ${k ? "dashed" : "solid"}`)));
     return el("div", {}, root, legend);
   }, true);
@@ -550,23 +566,30 @@ function bandwidth(found) {
 function scaling(found) {
   const counts = [...new Set(found.map((f) => f.replicas))];
   if (counts.length < 2) return null;
-  const first = found[0];
-  return figure("Scaling", "tokens/s by replicas", "Dashed: the first point times the number of replicas. Percentages: efficiency against it.", (w) => {
-    const pad = { l: 56, r: 20, t: 26, b: 28 }, h = w > 560 ? 300 : 240;
+  const first = found[0], last = counts[counts.length - 1];
+  const told = found.some((f) => f.foretold);
+  const log = last / counts[0] > 8;
+  return figure("Scaling", "tokens/s by replicas", `Dashed: the first point times the number of replicas; percentages are the efficiency against it.${told ? " Rings: what was foretold before the first step." : ""}`, (w) => {
+    const pad = { l: 56, r: 64, t: 16, b: 28 }, h = w > 560 ? 320 : 250;
     const root = canvas(w, h, "Throughput by number of replicas");
-    const x = scale(counts[0] / 1.25, counts[counts.length - 1] * 1.25, pad.l, w - pad.r, true);
-    const ideal = counts.map((n) => [n, (first.rate * n) / first.replicas]);
-    const rates = found.map((f) => f.rate).concat(ideal.map((p) => p[1]));
-    const y = scale(Math.min(...rates) / 1.2, Math.max(...rates) * 1.2, h - pad.b, pad.t, true);
+    const x = log ? scale(counts[0] / 1.25, last * 1.25, pad.l, w - pad.r, true) : scale(0, last * 1.08, pad.l, w - pad.r, false);
+    const ideal = (log ? counts : [0, ...counts]).map((n) => [n, (first.rate * n) / first.replicas]);
+    const rates = found.flatMap((f) => [f.rate, f.foretold || f.rate]).concat(ideal.map((p) => p[1]));
+    const y = log ? scale(Math.min(...rates) / 1.2, Math.max(...rates) * 1.2, h - pad.b, pad.t, true) : scale(0, Math.max(...rates) * 1.06, h - pad.b, pad.t, false);
     x.ticks = () => counts;
     axes(root, x, y, pad, w, h, { xText: (n) => `${n}×` });
-    root.append(svg("path", { class: "rule", fill: "none", d: `M${ideal.map((p) => `${x(p[0])},${y(p[1])}`).join("L")}` }));
+    const path = (points) => `M${points.map((p) => `${x(p[0])},${y(p[1])}`).join("L")}`;
     const best = counts.map((n) => found.find((f) => f.replicas === n));
-    root.append(svg("g", { class: "c-a" }, svg("path", { class: "ln line", d: `M${best.map((f) => `${x(f.replicas)},${y(f.rate)}`).join("L")}` })));
-    const items = found.map((f) => ({ x: x(f.replicas), y: y(f.rate), text: `${f.name}\n${whole(f.rate)} tokens/s on ${f.replicas}\n${percent(f.efficiency)} of ideal${f.own === null ? "" : `\n${percent(f.own)} by its own receipt`}` }));
+    const end = ideal[ideal.length - 1];
+    root.append(svg("path", { class: "gap", d: `${path(ideal.filter((p) => p[0] >= first.replicas))}L${path(best.map((f) => [f.replicas, f.rate]).reverse()).slice(1)}Z` }),
+      svg("path", { class: "rule", fill: "none", d: path(ideal) }),
+      svg("text", { x: x(end[0]) + 10, y: y(end[1]) + 4 }, "linear"),
+      svg("g", { class: "c-a" }, svg("path", { class: "ln line", d: path(best.map((f) => [f.replicas, f.rate])) })));
+    const items = found.map((f) => ({ x: x(f.replicas), y: y(f.rate), text: `${f.name}\n${whole(f.rate)} tokens/s on ${f.replicas}\n${percent(f.efficiency)} of linear${f.own === null ? "" : `\n${percent(f.own)} by its own receipt`}${f.foretold ? `\nforetold ${whole(f.foretold)}` : ""}` }));
     found.forEach((f, k) => {
+      if (f.foretold) root.append(svg("circle", { class: "ring", cx: x(f.replicas), cy: y(f.foretold), r: 5 }));
       root.append(svg("circle", { class: "fill c-a", cx: items[k].x, cy: items[k].y, r: 4.5 }));
-      if (best.includes(f)) root.append(svg("text", { class: "ink label c-a", x: items[k].x, y: items[k].y + (f === first ? -12 : 22), "text-anchor": "middle" }, percent(f.efficiency, 0)));
+      if (best.includes(f)) root.append(svg("text", { class: "ink label c-a", x: items[k].x + 10, y: items[k].y + 16 }, percent(f.efficiency, 0)));
     });
     explore(root, items.length, (px, py) => {
       let found_ = -1, nearest = 30 ** 2;
@@ -580,10 +603,41 @@ function scaling(found) {
 // --- tables and sections
 
 const section = (title, note, ...parts) => el("section", {}, el("h2", {}, title), note && el("p", { class: "note" }, note), parts);
-function table(head, rows, kind) {
+// `kinds`: classes of the columns after the first.
+function table(head, rows, kind, kinds = []) {
+  const of = (k) => (k ? kinds[Math.min(k, kinds.length) - 1] || null : null);
   return el("div", { class: "scroll" }, el("table", { class: kind },
-    head && el("thead", {}, el("tr", {}, head.map((h) => el("th", { scope: "col" }, h)))),
-    el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, k) => (k ? el("td", { class: k === 2 ? "why" : null }, cell) : el("th", { scope: "row" }, cell))))))));
+    head && el("thead", {}, el("tr", {}, head.map((h, k) => el("th", { scope: "col", class: of(k) }, h)))),
+    el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, k) => (k ? el("td", { class: of(k) }, cell) : el("th", { scope: "row" }, cell))))))));
+}
+const facts = (rows) => el("dl", { class: "facts" }, rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+const tiles = (found) => {
+  const list = el("dl", { class: "tiles" }, found.map((t) => el("div", {}, el("dt", {}, t.label), el("dd", {}, el("span", { class: "value" }, t.value), el("div", { class: "under" }, t.note)))));
+  list.style.setProperty("--columns", found.length > 5 ? Math.ceil(found.length / Math.ceil(found.length / 5)) : found.length);
+  return list;
+};
+const WORTH = 0.005, MOST_ADVICE = 3;
+function advice(run) {
+  const row = (a) => [a.gain === null ? "" : `up to ${a.gain >= 0 ? "+" : "−"}${percent(Math.abs(a.gain))}`, a.what, a.do];
+  const many = run.advice.filter((a) => a.gain === null || a.gain >= WORTH);
+  const [first, others] = [many.slice(0, MOST_ADVICE), run.advice.filter((a) => !many.slice(0, MOST_ADVICE).includes(a))];
+  const list = (rows) => table(null, rows.map(row), "do", ["what", "why"]);
+  return el("figure", {}, el("figcaption", {}, el("h3", {}, "What to change", el("small", {}, "throughput, if all of it were gone"))),
+    first.length ? list(first) : el("p", { class: "note" }, "Nothing is worth half a percent."),
+    others.length > 0 && folded(`${run.name}/advice`, `${others.length} more`, list(others)));
+}
+function said(run) {
+  const rows = run.said.map((s) => [s.what, s.text]);
+  return el("figure", {}, el("figcaption", {}, el("h3", {}, "Named")), table(null, rows, "said", ["why"]));
+}
+function peaks(found) {
+  const most = Math.max(...found.rows.map((r) => r.bytes));
+  const rows = found.rows.flatMap((r) => {
+    const bar = el("span", { class: "bg c-a" });
+    bar.style.width = `${(100 * r.bytes) / most}%`;
+    return [el("span", {}, `rank ${r.rank}`), el("div", { class: "stack" }, bar), el("span", { class: "soft" }, r.text)];
+  });
+  return el("figure", {}, el("figcaption", {}, el("h3", {}, "Peak by rank")), el("div", { class: "ranks" }, rows), found.note && el("p", { class: "note" }, found.note));
 }
 function folded(id, title, ...parts) {
   const node = el("details", { open: chosen.open.has(id) ? "" : null }, el("summary", {}, title), parts);
@@ -600,29 +654,34 @@ function lineCharts(title, found, said = []) {
 }
 const chartsOf = (run, title, ...names) => lineCharts(title, names.map((n) => run.charts.find((c) => c.id === n)).filter(Boolean));
 
+function plan(rows) {
+  const decided = rows.filter(([, , why]) => why && why !== "as given"), rest = rows.filter((row) => !decided.includes(row));
+  return [decided.length > 0 && table(["", "value", "reason"], decided, "plan", ["", "why"]),
+    rest.length > 0 && el("figure", {}, el("figcaption", {}, el("h3", {}, "As given, or following from it")), facts(rest))];
+}
 function showRun(run) {
   const parts = [
     el("h1", {}, run.name, el("span", { class: `state ${run.state.kind}` }, run.state.text)),
     el("p", { class: "subtitle" }, run.subtitle),
-    run.tiles.length ? el("dl", { class: "tiles" }, run.tiles.map((t) => el("div", {}, el("dt", {}, t.label), el("dd", {}, el("span", { class: "value" }, t.value), el("div", { class: "under" }, t.note))))) : null,
+    run.tiles.length ? tiles(run.tiles) : null,
   ];
   if (run.time) {
-    parts.push(section("Where the time went", `Shares of ${num(run.time.seconds)} s (${run.time.source}). Last column: how much faster steps would be without it.`, waterfall(run.time),
-      run.advice.length ? el("ul", { class: "advice" }, run.advice.map((a) => el("li", {}, el("strong", {}, a.what), a.share === null ? "" : ` ${percent(a.share)}`, a.gain === null ? "" : `; without it ${a.gain >= 0 ? "+" : "−"}${percent(Math.abs(a.gain))}`, a.do && `: ${a.do}`))) : null,
-      run.time.by_rank && byRank(run.time.by_rank)));
+    parts.push(section("Where the time went", `Shares of ${inSeconds(run.time.seconds)} (${run.time.source}). Last column: how much faster steps would be without it.`, waterfall(run.time),
+      run.time.by_rank && byRank(run.time.by_rank), run.said.length ? said(run) : null, run.advice.length ? advice(run) : null));
   }
   if (run.timeline) parts.push(section("Timeline of a step", "", timeline(run, run.timeline)));
   parts.push(chartsOf(run, "Learning", "loss", "rate", "norm"));
   parts.push(chartsOf(run, "Speed", "throughput", "exposed", "mfu"));
-  if (run.forecast) parts.push(section("Forecast against measurement", run.forecast.error === null ? "" : `The forecast of the step was ${percent(Math.abs(run.forecast.error))} off.`, forecast(run.forecast)));
+  if (run.forecast) parts.push(section("Forecast against measurement", [run.forecast.error === null ? "Written before the first step." : `Written before the first step, which it foretold ${percent(Math.abs(run.forecast.error))} too ${run.forecast.error < 0 ? "short" : "long"}.`, ...run.forecast.sources.map((x) => `${x[0].toUpperCase()}${x.slice(1)}.`)].join(" "), forecast(run.forecast)));
   if (run.bandwidth) parts.push(section("The link", "", bandwidth(run.bandwidth)));
   parts.push(lineCharts("Batch size", run.charts.filter((c) => c.id === "noise"), run.batch));
-  parts.push(chartsOf(run, "Memory", "memory"));
+  const memory = run.charts.filter((c) => c.id === "memory");
+  if (memory.length || run.memory) parts.push(section("Memory", "", el("div", { class: "grid" }, memory.map((c) => lineChart(c, true))), run.memory && peaks(run.memory)));
   if (run.plan.length) {
-    parts.push(section("Plan", "What was decided before the first step, and why.", table(["", "value", "reason"], run.plan, "plan"),
-      Object.keys(run.config).length ? folded(`${run.name}/config`, "Configuration as asked", table(null, Object.entries(run.config))) : null));
+    parts.push(section("Plan", "What was decided before the first step, and why.", plan(run.plan),
+      Object.keys(run.config).length ? folded(`${run.name}/config`, "Configuration as asked", facts(Object.entries(run.config))) : null));
   }
-  if (Object.keys(run.environment).length) parts.push(section("Environment", "", table(null, Object.entries(run.environment))));
+  if (Object.keys(run.environment).length) parts.push(section("Environment", "", facts(Object.entries(run.environment))));
   if (run.missing.length) {
     parts.push(el("aside", { class: "missing" }, el("h2", {}, "Not on this page"),
       el("ul", {}, run.missing.map(([what, why, how]) => el("li", {}, el("strong", {}, what), `: ${why}. `, el("span", { class: "soft" }, `${how[0].toUpperCase()}${how.slice(1)}.`))))));
@@ -634,22 +693,24 @@ function showComparison(found) {
   const curve = scaling(found.scaling);
   if (found.scaling.length) {
     parts.push(section("Throughput", curve ? "" : "All of these runs have the same number of replicas: there is no scaling curve.", curve,
-      table(["run", "replicas", "tokens/s", "against the first", "its own receipt"], found.scaling.map((f) => [f.name, num(f.replicas), whole(f.rate), percent(f.efficiency), f.own === null ? "–" : percent(f.own)]))));
+      table(["run", "replicas", "tokens/s", "foretold", "efficiency", "by its own receipt"], found.scaling.map((f) => [f.name, num(f.replicas), whole(f.rate), f.foretold ? whole(f.foretold) : "–", percent(f.efficiency), f.own === null ? "–" : percent(f.own)]), null, ["n"])));
   } else parts.push(section("Throughput", "None of these runs has a receipt yet."));
   if (found.time.length) {
     const most = Math.max(...found.time.map((t) => Object.values(t.rows).reduce((a, b) => a + (b || 0), 0)));
     const used = data.phases.filter((p) => found.time.some((t) => t.rows[p]));
-    const bars = found.time.flatMap((t) => {
+    const totals = found.time.map((t) => used.reduce((a, p) => a + (t.rows[p] || 0), 0));
+    const change = (a, b) => (Math.abs(b - a) < 1e-3 ? "–" : `${b >= a ? "+" : "−"}${ms(Math.abs(b - a))}`);
+    const bars = found.time.flatMap((t, k) => {
       const stack = el("div", { class: "stack", role: "img", "aria-label": used.map((p) => `${p} ${ms(t.rows[p])}`).join(", ") });
-      const total = used.reduce((a, p) => a + (t.rows[p] || 0), 0);
       for (const p of used) { const part = el("span", { class: `bg c-${p}` }); part.style.width = `${(100 * (t.rows[p] || 0)) / most}%`; stack.append(part); }
-      return [el("span", {}, t.name), stack, el("span", { class: "n" }, ms(total))];
+      return [el("span", {}, t.name), stack, el("span", { class: "n" }, ms(totals[k]))];
     });
     parts.push(section("A step", "Milliseconds by phase, mean over ranks.", el("div", { class: "ranks" }, bars), key(used),
-      table(["phase", ...found.time.map((t) => t.name)], used.map((p) => [p, ...found.time.map((t) => ms(t.rows[p]))]))));
+      table(["phase", ...found.time.map((t) => t.name), ...(found.time.length === 2 ? ["difference"] : [])],
+        [...used.map((p) => [p, ...found.time.map((t) => t.rows[p] || 0)]), ["step", ...totals]].map(([p, ...row]) => [p, ...row.map((v) => (v ? ms(v) : "–")), ...(row.length === 2 ? [change(...row)] : [])]), null, ["n"])));
   }
   parts.push(lineCharts("Over steps", found.charts));
-  parts.push(section("What changed", found.changed.length ? "" : "Configuration, plan and environment are the same.", found.changed.length ? table(["", ...data.runs.map((r) => r.name)], found.changed) : null));
+  parts.push(section("What changed", found.changed.length ? "" : "Configuration, plan and environment are the same.", found.changed.length ? table(["", ...data.runs.map((r) => r.name)], found.changed, null, ["n"]) : null));
   return parts;
 }
 
