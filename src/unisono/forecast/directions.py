@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 THREADS = 2
 """Of a gloo group: as many of its collectives are under way at once."""
-HAIR_S = 1e-9
+HAIR_S = 1e-10
 GAP = 2
 """sync/zero.py: what is offered leaves while at most so many others are under way."""
 _NOTHING = 1e-12
@@ -77,7 +77,7 @@ def play(segments: Sequence[Segment], transfers: Sequence[Transfer]) -> float:
     ranks = [_Rank(segments, 0.0), _Rank(segments, HAIR_S)]
     now = 0.0
     while True:
-        while any([pair.follow(r, rank) for r, rank in enumerate(ranks)]) or pair.deliver():
+        while any(pair.follow(r, rank) for r, rank in enumerate(ranks)) or pair.deliver():
             pass
         computing = [rank.started for rank in ranks]
         heads = [pair.heads(r) for r in (0, 1)]

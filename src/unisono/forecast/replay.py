@@ -233,7 +233,9 @@ class _Step:
         order = [i for i in self._reverse() if i >= 0]
         groups = self._cut(order, self.bucket_bytes, TAIL_SHARE * self.bucket_bytes)
         way = "all_to_all" if n == 2 else "all_gather"
-        back = [self.send("gather", (way, self._share(self._values(g), way))) for g in reversed(groups)]
+        back = [
+            self.send("gather", (way, self._share(self._values(g), way))) for g in reversed(groups)
+        ]
         self.compute(0.0, sends=back)
         of = {i: back[len(groups) - 1 - k] for k, group in enumerate(groups) for i in group}
         for i, values in enumerate(t.sizes):

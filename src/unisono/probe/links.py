@@ -28,6 +28,10 @@ BUDGET_S = 0.35
 REPEATS = 9
 ROUNDS = 20
 PAIR_BYTES = 4 << 20
+BURST_MESSAGE_BYTES = 1 << 20
+PAUSE_S = 0.1
+SHAPED = 0.9
+"""A message after a pause that takes less than this of one right behind another: the link is shaped."""
 SLOW = 0.7
 """Of the median: below it a pair of hosts or a rank is named."""
 
@@ -92,6 +96,29 @@ def _seconds(begin: Callable[[], Handle], world: Group, device: str) -> float:
         times.append(float(world.each(mine).max()))
         spent_s += times[-1]
     return statistics.median(times[1:])
+
+
+def burst_bytes(group: Group, device: str) -> float:
+    """Collective: what a shaped link lets through at once after a pause; 0 where nothing shapes it.
+
+    All-reduces, whose two directions begin together (forecast/directions.py).
+    """
+    begin = start(group, "all_reduce", BURST_MESSAGE_BYTES, device)
+    sent = FACTOR["all_reduce"](group.size) * BURST_MESSAGE_BYTES
+    shares: list[float] = []
+    for _ in range(REPEATS):
+        time.sleep(PAUSE_S)  # a bucket of tokens fills
+        times = []
+        for _ in range(2):
+            group.barrier()
+            began = time.perf_counter()
+            begin().wait()
+            synchronize(device)
+            times.append(time.perf_counter() - began)
+        first, second = group.each(*times).amax(dim=0).tolist()
+        shares.append(first / second)
+    share = statistics.median(shares)
+    return sent * (1 - share) if share < SHAPED else 0.0
 
 
 def fit(timings: Sequence[Timing], nodes: int) -> list[LinkFit]:

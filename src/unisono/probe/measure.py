@@ -82,6 +82,7 @@ def measure(
 
     timings: list[Timing] = []
     fits, sharing, pairs = [], [], []
+    burst = 0.0
     nodes = nodes_of(votes, world.local_rank)
     if world.size > 1:
         for axis, group in axes(votes, nodes, mesh, Ledger(), world.timeout_s).items():
@@ -93,7 +94,10 @@ def measure(
         say("communication beside compute")
         stream = Group("stream", Ledger(), world.timeout_s)
         sharing = measure_sharing(run, pass_s, stream, device)
+        burst = links.burst_bytes(stream, device)
         stream.close()
+        if burst:
+            notes.append(f"the link is shaped: {burst / 1024:.0f} KiB pass at once after a pause")
     if max(nodes) > 0:
         say("pairs of hosts")
         pairs = links.time_pairs(votes, nodes, device)
@@ -109,6 +113,7 @@ def measure(
         links=tuple(fits),
         collectives=tuple(timings),
         sharing=tuple(sharing),
+        burst_bytes=burst,
         pairs=tuple(pairs),
         threads=world.threads or 1,
         notes=tuple(notes),
