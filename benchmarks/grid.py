@@ -58,8 +58,8 @@ MODELS = {
     "8M": Job(layers=6, hidden=320, vocab=4096, batch=4, sequence=256),
 }
 STRATEGIES = ("exact", "exact-bf16", "ddp", "sharded")
-DISTURBED = 0.02
-"""Share of this machine's time that went to other programs."""
+DISTURBED = 0.03
+"""Share of this machine's time that goes to other programs; 1.5% are always there."""
 WARM_UP, STEPS = 3, 5
 """Untimed: the first is watched, and memory that was returned meanwhile is taken again."""
 
@@ -112,7 +112,15 @@ def enter(rank: int, size: int, interface: str, folder: Path) -> None:
 
 
 def ask(network: Network, job: Job, alone: bool) -> dict[str, Any]:
-    """What rank 0 of a probe says; all ranks' is the same."""
+    """What rank 0 of a probe says; all ranks' is the same. Up to three times where it is disturbed."""
+    found: list[tuple[float, dict[str, Any]]] = []
+    while not found or (found[-1][0] > DISTURBED and len(found) < 3):
+        found.append(one_probe(network, job, alone))
+    return min(found, key=lambda f: f[0])[1]
+
+
+def one_probe(network: Network, job: Job, alone: bool) -> tuple[float, dict[str, Any]]:
+    """(share of the machine that other programs took, what was found)."""
     with tempfile.TemporaryDirectory(prefix="grid-") as folder:
         workers: list[Worker] = [
             network.start(
@@ -121,10 +129,14 @@ def ask(network: Network, job: Job, alone: bool) -> dict[str, Any]:
             )
             for k in range(network.hosts)
         ]  # fmt: skip
+        pids = [w.process.pid for w in workers]
+        began, busy = time.perf_counter(), busy_s() - cpu_s(pids)
         try:
-            return gather(workers, 200)[0]
+            found = gather(workers, 200)[0]
+            busy = busy_s() - cpu_s(pids) - busy
         finally:
             network.drop(workers)
+    return busy / (time.perf_counter() - began) / (os.cpu_count() or 1), found
 
 
 # --- the forecast

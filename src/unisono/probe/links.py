@@ -121,24 +121,40 @@ def burst_bytes(group: Group, device: str) -> float:
     return sent * (1 - share) if share < SHAPED else 0.0
 
 
-def fit(timings: Sequence[Timing], nodes: int) -> list[LinkFit]:
-    """A latency and a bus bandwidth for each collective and axis among `timings`."""
+def fit(timings: Sequence[Timing], nodes: int, burst: float = 0.0) -> list[LinkFit]:
+    """A latency and a bus bandwidth for each collective and axis among `timings`.
+
+    `burst`: bytes that a shaped link lets through at once.
+    """
     groups: dict[tuple[str, str], list[Timing]] = {}
     for t in timings:
         groups.setdefault((t.axis, t.operation), []).append(t)
     return [
-        _fit_one(operation.replace("-", "_"), axis, rows, 1 if axis == "node" else nodes)
+        _fit_one(operation.replace("-", "_"), axis, rows, 1 if axis == "node" else nodes, burst)
         for (axis, operation), rows in groups.items()
     ]
 
 
-def _fit_one(collective: str, axis: str, rows: Sequence[Timing], nodes: int) -> LinkFit:
+def _fit_one(
+    collective: str, axis: str, rows: Sequence[Timing], nodes: int, burst: float
+) -> LinkFit:
     """Least absolute relative deviations of T = a + b S, by least squares that are weighted anew.
 
-    A single disturbed size then does not move the line.
+    A single disturbed size then does not move the line. What passes in a burst shows the latency alone,
+    and what does not the bandwidth.
     """
     x = [t.bytes * FACTOR[collective](t.ranks) for t in rows]
     y = [t.seconds for t in rows]
+    at_once = [b for a, b in zip(x, y) if a < burst]
+    behind = [(a, b) for a, b in zip(x, y) if a >= burst]
+    if at_once and behind:
+        latency = min(at_once)
+        slope = statistics.median(max(b - latency, 0.01 * b) / a for a, b in behind)
+        error = statistics.median(abs(latency + slope * a - b) / b for a, b in behind)
+        return LinkFit(
+            collective=collective, axis=axis, ranks=rows[0].ranks, nodes=nodes,  # type: ignore[arg-type]
+            latency_s=latency, bytes_per_s=1 / slope, error=error,
+        )  # fmt: skip
     weights = [1 / t**2 for t in y]
     for _ in range(ROUNDS):
         latency, slope = _line(weights, x, y)

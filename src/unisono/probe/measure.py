@@ -90,12 +90,12 @@ def measure(
             found, left_out = links.time_collectives(group, axis, votes, device)
             timings += found
             notes += left_out
-        fits = links.fit(timings, max(nodes) + 1)
         say("communication beside compute")
         stream = Group("stream", Ledger(), world.timeout_s)
         sharing = measure_sharing(run, pass_s, stream, device)
         burst = links.burst_bytes(stream, device)
         stream.close()
+        fits = links.fit(timings, max(nodes) + 1, burst)
         if burst:
             notes.append(f"the link is shaped: {burst / 1024:.0f} KiB pass at once after a pause")
     if max(nodes) > 0:
