@@ -33,7 +33,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from links import Team, keep_freed_memory, launcher_environment, parse_rate, stop
+from links import (
+    Team,
+    busy_s,
+    cpu_s,
+    keep_freed_memory,
+    launcher_environment,
+    parse_rate,
+    stop,
+)
 from machine import machine
 from network import Failed, Network, Worker, gather, remove_stale
 from peers import Job, adamw, loss_of
@@ -50,6 +58,8 @@ MODELS = {
     "8M": Job(layers=6, hidden=320, vocab=4096, batch=4, sequence=256),
 }
 STRATEGIES = ("exact", "exact-bf16", "ddp", "sharded")
+DISTURBED = 0.03
+"""Share of this machine's time that goes to other programs; 1.5% are always there."""
 WARM_UP, STEPS = 3, 5
 """Untimed: the first is watched, and memory that was returned meanwhile is taken again."""
 
@@ -102,7 +112,15 @@ def enter(rank: int, size: int, interface: str, folder: Path) -> None:
 
 
 def ask(network: Network, job: Job, alone: bool) -> dict[str, Any]:
-    """What rank 0 of a probe says; all ranks' is the same."""
+    """What rank 0 of a probe says; all ranks' is the same. Up to three times where it is disturbed."""
+    found: list[tuple[float, dict[str, Any]]] = []
+    while not found or (found[-1][0] > DISTURBED and len(found) < 3):
+        found.append(one_probe(network, job, alone))
+    return min(found, key=lambda f: f[0])[1]
+
+
+def one_probe(network: Network, job: Job, alone: bool) -> tuple[float, dict[str, Any]]:
+    """(share of the machine that other programs took, what was found)."""
     with tempfile.TemporaryDirectory(prefix="grid-") as folder:
         workers: list[Worker] = [
             network.start(
@@ -111,10 +129,14 @@ def ask(network: Network, job: Job, alone: bool) -> dict[str, Any]:
             )
             for k in range(network.hosts)
         ]  # fmt: skip
+        pids = [w.process.pid for w in workers]
+        began, busy = time.perf_counter(), busy_s() - cpu_s(pids)
         try:
-            return gather(workers, 200)[0]
+            found = gather(workers, 200)[0]
+            busy = busy_s() - cpu_s(pids) - busy
         finally:
             network.drop(workers)
+    return busy / (time.perf_counter() - began) / (os.cpu_count() or 1), found
 
 
 # --- the forecast
@@ -225,13 +247,25 @@ def memory_foretold(system: System, tensors: Tensors, alone: ModelTimes, ranks: 
 
 
 def measure(network: Network, job: Job, name: str) -> dict[str, Any]:
-    """A system's steps in full swing."""
+    """A system's steps in full swing; once more where other programs ran beside it."""
+    found = one_measurement(network, job, name)
+    if found["busy_otherwise"] > DISTURBED:
+        again = one_measurement(network, job, name)
+        return min(found, again, key=lambda m: m["busy_otherwise"])
+    return found
+
+
+def one_measurement(network: Network, job: Job, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="grid-") as folder:
         team = Team(name, job, network, Path(folder))
         try:
             team.ask(200, "steps", WARM_UP - 1, 0)
             before = network.counters()
+            pids = [w.process.pid for w in team.workers]
+            began, busy = time.perf_counter(), busy_s() - cpu_s(pids)
             answers = team.ask(200, "steps", 1, STEPS)
+            busy = busy_s() - cpu_s(pids) - busy
+            wall_s = time.perf_counter() - began
             time.sleep(0.02)  # the last acknowledgements
             after = network.counters()
         finally:
@@ -246,6 +280,7 @@ def measure(network: Network, job: Job, name: str) -> dict[str, Any]:
         "interface_bytes": wire,
         "peak_bytes": max(a["peak_bytes"] for a in answers),
         "base_bytes": max(a["base_bytes"] for a in answers),
+        "busy_otherwise": busy / wall_s / (os.cpu_count() or 1),
     }
 
 

@@ -123,6 +123,15 @@ def test_a_dtype_without_a_rate_takes_the_next() -> None:
 # --- network
 
 
+def test_a_slow_network_takes_of_compute_by_its_bytes() -> None:
+    here = Fabric(4, lines(0.0, 100.0), lines(0.0, 20.0), 0.0)
+    near, far = wire(here, 4), wire(here, 8)
+    assert near.busy(80, "all_gather") == near.all_gather(80)
+    assert far.busy(80, "all_reduce") == pytest.approx(far.all_reduce(80) / 5)
+    measured = wire(replace(here, contention=0.5), 8)
+    assert measured.busy(80, "all_reduce") == measured.all_reduce(80), "on this very link"
+
+
 def test_collectives_inside_a_node() -> None:
     w = wire(Fabric(4, lines(1.0, 10.0), lines(9.0, 9.0), 5.0), 4)
     assert w.all_gather(40) == 3 * 1.0 + 3 / 4 * 40 / 10

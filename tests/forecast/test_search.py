@@ -32,6 +32,7 @@ from unisono.forecast.search import (
     runs_here,
     search,
 )
+from unisono.forecast.show import at_knee, bends
 
 
 def machine(name: str = "H100", **node: float) -> Machine:
@@ -147,8 +148,21 @@ def test_an_outlook_adds_up() -> None:
     assert plain["points"][0]["parts_s"]["compute"] > 0
 
 
+def test_efficiency_is_against_smaller_numbers_that_were_not_asked_for() -> None:
+    job, slow = Job(NAMED["gpt2"], 1024, 512), machine("A100", node_gbit=1)
+    every = outlook(job, slow, [1, 8, 64], 1e9, 2.0).points[-1].efficiency
+    alone = outlook(job, slow, [64], 1e9, 2.0)
+    assert alone.points[0].efficiency == pytest.approx(every, rel=0.02)
+    assert every < 0.5
+    assert knee(alone).efficiency["85%"] == 0
+    assert at_knee(alone, knee(alone)).devices == 64
+    assert any("none of them has 85% efficiency" in line for line in bends(alone, knee(alone)))
+
+
 def test_nothing_fits_is_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"nothing fits on 2 x V100 16GB: needs \d+ GB of 15 GB"):
+    with pytest.raises(
+        ConfigError, match=r"nothing fits on 2 x V100 16GB: needs [\d.]+ GB of 14\.7 GB"
+    ):
         outlook(Job(NAMED["llama3.1-405b"], 4096, 64), machine("V100"), [1, 2], 1e9, None)
 
 

@@ -37,6 +37,16 @@ def test_one_disturbed_size_does_not_move_the_fit() -> None:
     assert fit.latency_s == pytest.approx(2e-4, rel=0.05)
 
 
+def test_what_passes_in_a_burst_is_no_bandwidth() -> None:
+    """A token bucket of 192 KiB on 100 Mbit/s: small messages show the latency, large ones the rate."""
+    rows = made_up("all-gather", 1e-4, 12.4e6, ranks=2)
+    quick = [timing("all-gather", t.bytes, 1e-4, 2) if t.bytes / 2 < 190_000 else t for t in rows]
+    (plain,), (fit,) = links.fit(quick, nodes=2), links.fit(quick, nodes=2, burst=190_000)
+    assert fit.bytes_per_s == pytest.approx(12.4e6, rel=0.01)
+    assert fit.latency_s == pytest.approx(1e-4) and fit.error < 0.01
+    assert plain.error > 0.1
+
+
 def test_a_slow_link_and_a_slow_rank_are_named() -> None:
     pairs = [
         Pair(source=a, target=b, bytes_per_s=2e7 if (a, b) == (2, 0) else 1e8)

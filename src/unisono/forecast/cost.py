@@ -8,7 +8,8 @@ and what ends after the compute it can hide behind is exposed. K equal buckets o
 seconds are ready t/K apart, so max(T, t/K + K T - t) is exposed. Weights that return during the next
 forward pass (our `exact`) are the mirror image: bucket i is needed when what lies before it has run.
 FSDP gathers layer l+1 while l computes, and in the backward pass also scatters the gradients of l+1
-(Zhao 2023, arXiv 2304.11277). What is hidden still costs `contention` of its time.
+(Zhao 2023, arXiv 2304.11277). What is hidden still costs `contention` of the time that it would take
+at the rate inside a node.
 """
 
 import math
@@ -261,7 +262,10 @@ def _data_parallel(
     buckets = max(1, math.ceil(grads / run.bucket_bytes))
     each = grads / buckets
     if run.strategy == "ddp":
-        return _hide_behind(backward, buckets, whole.all_reduce(each), whole.all_reduce(table), c)
+        busy = whole.busy(grads + table, "all_reduce")
+        return _hide_behind(
+            backward, buckets, whole.all_reduce(each), whole.all_reduce(table), c.contention * busy
+        )
     inside = mesh.shard > 1 and mesh.replica > 1  # optimizer shards in a group, copies outside
     group = shard if inside else whole
 
@@ -269,22 +273,42 @@ def _data_parallel(
         copies = replica.all_reduce(size / shard.size) if inside else 0.0
         return group.reduce_scatter(size) + copies
 
+    def busy_out(size: float) -> float:
+        copies = replica.busy(size / shard.size, "all_reduce") if inside else 0.0
+        return c.contention * (group.busy(size, "reduce_scatter") + copies)
+
     if run.strategy == "exact":
         # The table's gradient is early but for the rows that were looked up (sync/rows.py).
         rows = min(run.model.vocab, run.micro_batch * run.sequence) * run.model.hidden * 4
         back = group.all_gather(each)  # weights travel as gradients do (sync/zero.py)
         lost = exposed_head(forward, buckets, back)
-        lost += c.contention * max(0.0, buckets * back - lost)
-        return lost + _hide_behind(backward, buckets, out(each + table / buckets), out(rows), c)
+        lost += c.contention * group.busy(grads, "all_gather") * _hidden(buckets * back, lost)
+        return lost + _hide_behind(
+            backward,
+            buckets,
+            out(each + table / buckets),
+            out(rows),
+            busy_out(grads + table + rows),
+        )
     back = group.all_gather((grads + table) * run.weight_width / run.gradient_bytes)
     reduces = k if run.strategy == "zero2" else 1
-    return back + reduces * _hide_behind(backward, buckets, out(each), out(table), c)
+    return back + reduces * _hide_behind(
+        backward, buckets, out(each), out(table), busy_out(grads + table)
+    )
 
 
-def _hide_behind(compute: float, buckets: int, each: float, last: float, c: Constants) -> float:
-    """Exposed: equal buckets as the backward pass goes, and `last`, which is ready at its end."""
+def _hidden(transfer: float, exposed: float) -> float:
+    """Share of a transfer."""
+    return max(0.0, 1 - exposed / transfer) if transfer else 0.0
+
+
+def _hide_behind(compute: float, buckets: int, each: float, last: float, busy: float) -> float:
+    """Exposed: equal buckets as the backward pass goes, and `last`, which is ready at its end.
+
+    `busy`: what compute loses if all of it is hidden.
+    """
     lost = max(0.0, exposed_tail(compute, buckets, each)) + last
-    return lost + c.contention * max(0.0, buckets * each + last - lost)
+    return lost + busy * _hidden(buckets * each + last, lost)
 
 
 def _fsdp(
@@ -303,17 +327,26 @@ def _fsdp(
     scatter = shard.reduce_scatter(unit * run.gradient_bytes)
     scatter_root = shard.reduce_scatter(root * run.gradient_bytes)
 
-    def copies(values: float) -> float:
-        share = values * run.gradient_bytes / shard.size
-        return replica.all_reduce(share) if run.mesh.replica > 1 else 0.0
+    gather_busy = shard.busy(unit * width, "all_gather")
+    scatter_busy = shard.busy(unit * run.gradient_bytes, "reduce_scatter")
 
-    def exposed(compute: float, transfer: float) -> float:
-        return max(0.0, transfer - compute) + c.contention * min(compute, transfer)
+    def copied(values: float) -> float:
+        return values * run.gradient_bytes / shard.size if run.mesh.replica > 1 else 0.0
+
+    def copies(values: float) -> float:
+        return replica.all_reduce(copied(values)) if run.mesh.replica > 1 else 0.0
+
+    def exposed(compute: float, transfer: float, busy: float) -> float:
+        lost = max(0.0, transfer - compute)
+        return lost + c.contention * busy * _hidden(transfer, lost)
 
     back = work.backward + work.again
-    forward = layers * exposed(work.forward, gather) + shard.all_gather(root * width)
-    behind = layers * exposed(back, gather)
+    forward = layers * exposed(work.forward, gather, gather_busy) + shard.all_gather(root * width)
+    behind = layers * exposed(back, gather, gather_busy)
+    both, both_busy = gather + scatter, gather_busy + scatter_busy
     if not run.scatter_once:
-        behind = layers * exposed(back, gather + scatter) + scatter_root
-    last = layers * exposed(back, gather + scatter + copies(unit)) + scatter_root + copies(root)
+        behind = layers * exposed(back, both, both_busy) + scatter_root
+    copy_busy = replica.busy(copied(unit), "all_reduce")
+    last = layers * exposed(back, both + copies(unit), both_busy + copy_busy)
+    last += scatter_root + copies(root)
     return run.accumulation * forward + (run.accumulation - 1) * behind + last

@@ -49,6 +49,8 @@ class Wire:
     size: int
     latency_s: Mapping[str, float]
     bytes_per_s: Mapping[str, float]
+    inside_bytes_per_s: float = math.inf
+    """Of a bus inside a node."""
 
     def all_reduce(self, nbytes: float) -> float:
         return 2 * self._share(nbytes, "all_reduce") + self.latency_s["all_reduce"]
@@ -61,6 +63,12 @@ class Wire:
 
     def all_to_all(self, nbytes: float) -> float:
         return self._share(nbytes, "all_to_all") + self.latency_s["all_to_all"]
+
+    def busy(self, nbytes: float, collective: str) -> float:
+        """Seconds that the same bytes take inside a node: a collective's kernels and copies are as many
+        as its bytes are, however long a slow network makes it take."""
+        trips = 2 if collective == "all_reduce" else 1
+        return trips * (self.size - 1) / self.size * nbytes / self.inside_bytes_per_s
 
     def send(self, nbytes: float) -> float:
         """To a neighbour."""
@@ -105,4 +113,7 @@ def wire(fabric: Fabric, size: int, stride: int = 1) -> Wire:
         if nodes > 1:
             shared = node.bytes_per_s / groups
             rate[name] = shared if inside == 1 else min(rate[name], shared)
-    return Wire(size, latency, rate)
+    usual = rate["all_reduce"]
+    if fabric.contention is None:  # a measured one is of the link as it is
+        usual = max(usual, fabric.link["all_reduce"].bytes_per_s)
+    return Wire(size, latency, rate, usual)

@@ -20,6 +20,7 @@ from unisono.forecast.search import (
     Job,
     Machine,
     Option,
+    counts,
     overrides,
     required_link,
     runs_here,
@@ -106,13 +107,15 @@ def outlook(
         )
     critical = critical_batch_tokens(tokens)
     points: list[Point] = []
-    base = 0.0
+    smaller = [search(job, machine, n) for n in counts(1, can[0].devices) if n < can[0].devices]
+    alike = [_recommended(f) for f in smaller if any(runs_here(o.run) for o in f.options)]
+    base = max((o.tokens_per_s / o.devices for o in alike), default=0.0)
     for f in can:
         base = max(base, _recommended(f).tokens_per_s / f.devices)
         points.append(_point(f, base, critical, tokens, price, machine))
     return Outlook(
         job, machine, tokens, price, price_from, critical, tuple(points),
-        tuple(f for f in found if not f.options), sum(f.evaluated for f in found),
+        tuple(f for f in found if not f.options), sum(f.evaluated for f in [*smaller, *found]),
     )  # fmt: skip
 
 
@@ -165,7 +168,7 @@ class Knee:
     """Numbers of devices; None where it is not reached."""
 
     efficiency: dict[str, int | None]
-    """The most devices whose efficiency is at least 95, 90, 85%; None if the most asked for is."""
+    """The most devices whose efficiency is at least 95, 90, 85%; None if the most asked for is, 0 if none."""
     batch_passes_critical: int | None
     money_doubles: int | None
 
@@ -174,7 +177,7 @@ def knee(outlook: Outlook) -> Knee:
     """Where more devices stop paying."""
     kept: dict[str, int | None] = {}
     for limit in EFFICIENCIES:
-        last = max(p.devices for p in outlook.points if p.efficiency >= limit)
+        last = max((p.devices for p in outlook.points if p.efficiency >= limit), default=0)
         kept[f"{limit:.0%}"] = None if last == outlook.points[-1].devices else last
     least = min(p.devices / p.option.tokens_per_s for p in outlook.points)
     double = (p.devices for p in outlook.points if p.devices / p.option.tokens_per_s >= 2 * least)
@@ -263,8 +266,6 @@ def parse_link(text: str) -> float:
 
 def parse_devices(text: str) -> tuple[int, ...]:
     """`1..1024`, `8`, `8,16,64`; a range becomes powers of two and what lies between."""
-    from unisono.forecast.search import counts
-
     try:
         if ".." in text:
             low, high = (int(part) for part in text.split(".."))

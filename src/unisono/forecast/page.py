@@ -6,7 +6,18 @@ from html import escape
 
 from unisono.forecast.outlook import Outlook, Point, knee, runs_here
 from unisono.forecast.search import overrides
-from unisono.forecast.show import bends, count, head, misfits, plural, recommended, seconds, size
+from unisono.forecast.show import (
+    at_knee,
+    bends,
+    count,
+    gbit,
+    head,
+    misfits,
+    plural,
+    recommended,
+    seconds,
+    size,
+)
 
 WIDTH, HEIGHT = 560, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
@@ -44,7 +55,7 @@ border-radius:2px;margin:0 5px 0 12px}@media print{section{break-inside:avoid}bo
 def render(outlook: Outlook) -> str:
     """The whole page."""
     points, bend = outlook.points, knee(outlook)
-    best = next(p for p in points if p.devices == (bend.efficiency["85%"] or points[-1].devices))
+    best = at_knee(outlook, bend)
     title, line = head(outlook).split("\n")
     money = [p.usd if p.usd is not None else p.devices * p.hours for p in points]
     charts = [
@@ -66,7 +77,7 @@ def render(outlook: Outlook) -> str:
     ]  # fmt: skip
     sections = "".join(f"<section><h2>{escape(name)}</h2>{svg}</section>" for name, svg in charts)
     knees = "".join(f"<li>{escape(text)}</li>" for text in bends(outlook, bend))
-    advice = "".join(f"<p>{_code(text)}</p>" for text in recommended(best))
+    advice = "".join(f"<p>{_code(text)}</p>" for text in recommended(best, outlook.machine))
     lacks = "".join(f"<li>{escape(text)}</li>" for text in misfits(best))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
@@ -214,9 +225,7 @@ def _table(points: Sequence[Point], best: Point) -> str:
     rows = []
     for p in points:
         o = p.option
-        link = (
-            "none" if p.link_bytes_per_s is None else f"{p.link_bytes_per_s * 8 / 1e9:,.3g} Gbit/s"
-        )
+        link = "none" if p.link_bytes_per_s is None else gbit(p.link_bytes_per_s)
         cells = (
             f"{p.devices:,}", o.name + ("" if runs_here(o.run) else " *"),
             f"{o.batch:,}{'!' if p.critical_share > 1 else ''}", f"{o.run.micro_batch} x {o.run.accumulation}",

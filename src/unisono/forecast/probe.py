@@ -149,6 +149,8 @@ class Probe(_Value):
     collectives: tuple[Timing, ...] = ()
     """What `links` were fitted to."""
     sharing: tuple[Sharing, ...] = ()
+    burst_bytes: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """What a shaped link lets through at once after a pause."""
     pairs: tuple[Pair, ...] = ()
     threads: int = Field(1, ge=1)
     """Of one rank, on a CPU."""

@@ -1,22 +1,18 @@
 """One step of unisono's own strategies, tensor by tensor and transfer by transfer, on a measured link.
 
 `cost` needs a few shapes and answers in microseconds; this follows what sync/ does, for the machine that
-a probe has measured: a run's own forecast, and our grid of shaped links. A rank computes segments one
-after another; a segment may need transfers that have ended, and sets others off at its end. The link
-carries them one at a time, in that order (Li 2020, arXiv 2006.15704):
-
-    end_i = max(end_{i-1}, ready_i) + T_i
-
-and while it does, compute goes at `compute_speed` of its own speed, and the transfer, beside compute, at
-`transfer_speed`: gloo's threads share the cores with the model. What a step takes beyond the sum of its
+a probe has measured: a run's own forecast, and our grid of shaped links. A step becomes segments of
+compute and transfers between them, which `directions` plays. What a step takes beyond the sum of its
 segments is communication, exposed or stolen.
 """
 
+import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from unisono.forecast.directions import Lane, Segment, Transfer, play
 from unisono.forecast.probe import FACTOR, LinkFit, Probe, Sharing
 
 System = Literal["ddp", "whole", "shards", "sharded"]
@@ -27,6 +23,12 @@ TAIL_SHARE = 0.25
 """sync/zero.py: of a bucket, what leaves last."""
 HOOK_S = 5e-5
 """Python around one gradient that has come: hook, clock, bucket, handle."""
+CHUNK_BYTES = 1 << 20
+"""sync/shard.py: of a row, what travels as one message; half a bucket if that is more."""
+MESSAGES = {"all_to_all": 1, "all_gather": 2}
+"""Of gloo, that a rank of two hands over before it says that it is ready (directions.py)."""
+UNDER_WAY = 2
+"""sync/sharded.py: blocks whose sums may be under way at once."""
 FAIR = 0.5
 """Of a core, what a transfer's thread gets beside one that computes, by the system's equal weights."""
 
@@ -47,34 +49,6 @@ class Tensors:
     @property
     def total(self) -> int:
         return sum(self.sizes) + self.table
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One collective over all ranks: T = latency + bytes sent by a rank / rate."""
-
-    latency_s: float
-    bytes_per_s: float
-    compute_speed: float = 1.0
-    transfer_speed: float = 1.0
-
-    def seconds(self, sent_bytes: float) -> float:
-        return self.latency_s + sent_bytes / self.bytes_per_s
-
-
-@dataclass(frozen=True)
-class Transfer:
-    seconds: float
-    lane: Lane
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Of compute; `needs` and `sends` number transfers."""
-
-    seconds: float
-    needs: tuple[int, ...] = ()
-    sends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,52 +87,16 @@ class Foretold:
         return self.compute + self.communication + self.waiting + self.optimizer
 
 
-def play(segments: Sequence[Segment], transfers: Sequence[Transfer]) -> float:
-    """Seconds until every segment is done and every transfer that was set off has ended."""
-    now = 0.0
-    queue: deque[int] = deque()
-    left = 0.0  # of the transfer under way, alone
-    ended: set[int] = set()
-
-    def carry(seconds: float, speed: float) -> None:
-        """The link's part in `seconds` that pass; never more than what is left of one transfer."""
-        nonlocal left
-        left -= seconds * speed
-        if left <= 1e-12:
-            ended.add(queue.popleft())
-            left = transfers[queue[0]].seconds if queue else 0.0
-
-    for segment in segments:
-        while any(n not in ended for n in segment.needs):
-            now += left
-            carry(left, 1.0)
-        rest = segment.seconds
-        while rest > 1e-12:
-            if not queue:
-                now += rest
-                break
-            lane = transfers[queue[0]].lane
-            seconds = min(rest / lane.compute_speed, left / lane.transfer_speed)
-            now += seconds
-            rest -= seconds * lane.compute_speed
-            carry(seconds, lane.transfer_speed)
-        for n in segment.sends:
-            if not queue:
-                left = transfers[n].seconds
-            queue.append(n)
-    while queue:
-        now += left
-        carry(left, 1.0)
-    return now
-
-
 def foretell(
     system: System, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
     *, wire_bytes: int = 4, bucket_bytes: float = 4 * 2**20, rows: int = 0, width: int = 0, votes: int = 1,
+    gloo: bool = True,
 ) -> Foretold:  # fmt: skip
     """A step in full swing. `rows`: of the table that a rank looks up in a step, `width` values each;
-    `wire_bytes`: of a value on its way; `votes`: values that ranks add up besides."""
-    step = _Step(tensors, passes, lanes, ranks, wire_bytes, bucket_bytes, rows, width, votes)
+    `wire_bytes`: of a value on its way; `votes`: values that ranks add up besides; `gloo`: two ranks take
+    turns (directions.py)."""
+    turns = gloo and ranks == 2
+    step = _Step(tensors, passes, lanes, ranks, wire_bytes, bucket_bytes, rows, width, votes, turns)
     if ranks > 1:
         {"ddp": step.ddp, "whole": step.whole, "shards": step.shards, "sharded": step.sharded}[
             system
@@ -182,11 +120,11 @@ class _Step:
 
     def __init__(
         self, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
-        wire_bytes: int, bucket_bytes: float, rows: int, width: int, votes: int,
+        wire_bytes: int, bucket_bytes: float, rows: int, width: int, votes: int, turns: bool,
     ) -> None:  # fmt: skip
         self.tensors, self.passes, self.lanes, self.ranks = tensors, passes, lanes, ranks
         self.wire_bytes, self.bucket_bytes = wire_bytes, bucket_bytes
-        self.rows, self.width, self.votes = rows, width, votes
+        self.rows, self.width, self.votes, self.turns = rows, width, votes, turns
         self.segments: list[Segment] = []
         self.transfers: list[Transfer] = []
         self.sent_bytes = 0.0
@@ -195,15 +133,28 @@ class _Step:
 
     # --- what is added
 
-    def compute(self, seconds: float, needs: Sequence[int] = (), sends: Sequence[int] = ()) -> None:
-        self.segments.append(Segment(seconds, tuple(needs), tuple(sends)))
+    def compute(
+        self, seconds: float, needs: Iterable[int] = (), sends: Sequence[int] = (), offers: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self.segments.append(Segment(seconds, tuple(needs), tuple(sends), tuple(offers)))
 
-    def send(self, *parts: tuple[str, float]) -> int:
+    def send(self, group: str, *parts: tuple[str, float], after: int | None = None, beside: Sequence[int] = ()) -> int:  # fmt: skip
         """A transfer of (collective, bytes that each rank sends) one after another; its number."""
         seconds = sum(self.lanes[name].seconds(sent) for name, sent in parts)
-        self.transfers.append(Transfer(seconds, self.lanes[parts[0][0]]))
+        first = parts[0][0]
+        messages = MESSAGES.get(first, 0) if self.turns else 0
+        self.transfers.append(
+            Transfer(seconds, self.lanes[first], group, messages, after, tuple(beside))
+        )
         self.sent_bytes += sum(sent for _, sent in parts)
         return len(self.transfers) - 1
+
+    def chunks(self, values: float) -> list[float]:
+        """Bytes that a rank sends at once of a bucket, as sync/shard.py cuts its rows."""
+        row = values / self.ranks
+        size = int(max(CHUNK_BYTES, self.bucket_bytes / 2) // self.wire_bytes)
+        rows = [min(size, row - at) for at in range(0, math.ceil(row), size)]
+        return [self._share(one * self.ranks, "all_to_all") for one in rows]
 
     def _share(self, values: float, collective: str) -> float:
         return FACTOR[collective](self.ranks) * values * self.wire_bytes
@@ -213,9 +164,10 @@ class _Step:
             self.compute(passes * (self.passes.forward_s + self.passes.backward_s))
 
     def _backward(
-        self, groups: Sequence[Sequence[int]], ready: Mapping[int, int], handling_s: float
-    ) -> None:
-        """Compute by tensor in reverse order; `ready`: transfer to set off when a group is complete.
+        self, groups: Sequence[Sequence[int]], ready: Sequence[Sequence[int]], handling_s: float,
+        offers: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Compute by tensor in reverse order; `ready`: transfers to set off when a group is complete.
 
         `groups` in the order in which they leave, of numbers of tensors; -1 is the table.
         `handling_s`: of all values, what is done with a gradient beside computing it.
@@ -224,10 +176,10 @@ class _Step:
         order = [i for group in groups for i in group]
         for i in order:
             values = self.tensors.sizes[i] if i >= 0 else 0
-            sends = [ready[last[i]]] if i in last else []
+            sends = ready[last[i]] if i in last else ()
             seconds = self.passes.backward_s * values * self._per_value + HOOK_S
             seconds += handling_s * self._values([i]) / self.tensors.total
-            self.compute(seconds, sends=sends)
+            self.compute(seconds, sends=sends, offers=offers)
 
     def _head(self) -> float:
         """Seconds of the backward pass before the first block: the tied output layer."""
@@ -267,10 +219,12 @@ class _Step:
         for group in groups:
             values = self._values(group)
             trip = ["all_to_all", "all_gather"] if tree and self.ranks > 2 else ["all_reduce"]
-            trips.append(self.send(*((name, self._share(values, name)) for name in trip)))
+            trips.append(
+                self.send("scatter", *((name, self._share(values, name)) for name in trip))
+            )
         # Into the bucket; and divided (DDP), or added up in the tree.
         adds = (1 / self.ranks if self.ranks > 2 else 0.0) if tree else 0.5
-        self._backward(groups, dict(enumerate(trips)), (1 + adds) * p.pack_s)
+        self._backward(groups, [[trip] for trip in trips], (1 + adds) * p.pack_s)
         self.compute(0.0, needs=trips)
 
     def shards(self) -> None:
@@ -278,7 +232,10 @@ class _Step:
         p, n, t = self.passes, self.ranks, self.tensors
         order = [i for i in self._reverse() if i >= 0]
         groups = self._cut(order, self.bucket_bytes, TAIL_SHARE * self.bucket_bytes)
-        back = [self.send(("all_gather", self._share(self._values(g), "all_gather"))) for g in reversed(groups)]  # fmt: skip
+        way = "all_to_all" if n == 2 else "all_gather"
+        back = [
+            self.send("gather", (way, self._share(self._values(g), way))) for g in reversed(groups)
+        ]
         self.compute(0.0, sends=back)
         of = {i: back[len(groups) - 1 - k] for k, group in enumerate(groups) for i in group}
         for i, values in enumerate(t.sizes):
@@ -289,19 +246,28 @@ class _Step:
             self.compute(p.backward_s)
             self._plain(p.accumulation - 2)
             self.compute(p.forward_s)
-        gone = []
-        if head:
-            there = self.send(("all_to_all", self._share(head, "all_to_all")))
-            gone = [there, self.send(("all_gather", self._share(head, "all_gather")))]
-        self.compute(self._head(), sends=gone)
-        trips = [self.send(("all_to_all", self._share(self._values(g), "all_to_all"))) for g in groups]  # fmt: skip
-        self._backward(groups, dict(enumerate(trips)), self._shard_handling())
+
+        def out(values: float) -> list[int]:
+            return [self.send("scatter", ("all_to_all", sent)) for sent in self.chunks(values)]
+
+        dense = out(head) if head else []
+        self.compute(self._head(), sends=dense)
+        trips = [out(self._values(g)) for g in groups]
+        gone = [*dense, *(n for trip in trips for n in trip)]
+        # The sum of the table's dense half returns in gaps of the others' way, or when all are there.
+        sums: list[int] = []
+        for sent in self.chunks(head) if head else []:
+            after = sums[-1] if sums else dense[-1]
+            sums.append(self.send("sum", ("all_gather", sent), after=after, beside=gone))
+        self._backward(groups, trips, self._shard_handling(), offers=sums)
         rows = self.rows * self.width * self.wire_bytes * (n - 1) if t.table else 0
-        tail = [self.send(("all_gather", rows))] if rows else []
+        tail = [self.send("rows", ("all_gather", rows))] if rows else []
         if rows:  # their number, and which
             self.sent_bytes += (8 + 4 * self.rows) * (n - 1)
         self.scalars(len(t.sizes) + bool(t.table) + 1)
-        self.compute(0.0, needs=gone + trips, sends=[*tail, self.send(("all_reduce", 0.0))])
+        self.compute(0.0, sends=tail)
+        self.compute(0.0, needs=gone, sends=sums)
+        self.compute(0.0, needs=[*tail, *sums], sends=[self.send("control", ("all_reduce", 0.0))])
         if t.table:  # packed, added up, returned, scaled on every rank
             self.compute(2 * p.pack_s * t.table / t.total + HOOK_S)
 
@@ -314,12 +280,13 @@ class _Step:
         scale = 1 / max(1, sum(blocks) + (t.table if t.tied else root))
         ends = 1 - scale * sum(blocks)
         first, last = 0, len(blocks) - 1
+        under_way: deque[int] = deque()
 
         def gather(values: float) -> int:
-            return self.send(("all_gather", self._share(values, "all_gather")))
+            return self.send("shard", ("all_gather", self._share(values, "all_gather")))
 
         def scatter(values: float) -> int:
-            return self.send(("all_to_all", self._share(values, "all_to_all")))
+            return self.send("shard", ("all_to_all", self._share(values, "all_to_all")))
 
         for k in range(p.accumulation):
             whole = gather(root)
@@ -332,7 +299,6 @@ class _Step:
                 self.compute(p.forward_s * values * scale)
                 coming = coming if after is None else after
             self.compute((p.forward_s + p.backward_s) * ends)
-            under_way: deque[int] = deque()
             needed: list[int] = []
             for b in range(last, -1, -1):
                 before = gather(blocks[b - 1]) if b > first else None
@@ -342,9 +308,11 @@ class _Step:
                 if k == p.accumulation - 1:
                     under_way.append(scatter(blocks[b]))
                     self.compute(0.0, sends=[under_way[-1]])
-                    if len(under_way) > 2:
+                    if len(under_way) > UNDER_WAY:
                         self.compute(0.0, needs=[under_way.popleft()])
-        self.compute(0.0, sends=[scatter(root), self.send(("all_reduce", 0.0))])
+        under_way.append(scatter(root))
+        self.compute(0.0, sends=[under_way[-1]])
+        self.compute(0.0, needs=under_way, sends=[self.send("control", ("all_reduce", 0.0))])
         self.scalars(len(t.sizes) + bool(t.table) + 2)
         self.sent_bytes += 8 * (self.ranks - 1)  # squares of the gradients' norms
         # A gather copies in and out into fresh memory; a scatter copies in, adds up, copies out.
@@ -400,7 +368,8 @@ def lanes_of(probe: Probe, ranks: int, per_core: float = 1.0) -> dict[str, Lane]
         hops = (ranks - 1) / (f.ranks - 1)
         s = shared.get(name)
         if s is None:
-            found[name] = Lane(f.latency_s * hops, f.bytes_per_s)
+            burst_s = probe.burst_bytes / f.bytes_per_s
+            found[name] = Lane(f.latency_s * hops, f.bytes_per_s, burst_s=burst_s)
             continue
         busy = per_core * s.busy
         slower = max(1.0, busy)
@@ -409,6 +378,7 @@ def lanes_of(probe: Probe, ranks: int, per_core: float = 1.0) -> dict[str, Lane]
             beside = FAIR / busy
         compute = max(0.05, 1 - busy * beside)
         found[name] = Lane(
-            f.latency_s * hops, s.bytes_per_s / slower, compute, min(1.0, beside * slower)
-        )
+            f.latency_s * hops, s.bytes_per_s / slower, compute, min(1.0, beside * slower),
+            probe.burst_bytes / s.bytes_per_s,
+        )  # fmt: skip
     return found

@@ -89,7 +89,7 @@ class Misfit:
 
     @property
     def reason(self) -> str:
-        return f"needs {self.needs_bytes / 1e9:.0f} GB of {self.room_bytes / 1e9:.0f} GB usable at the least"  # fmt: skip
+        return f"needs {self.needs_bytes / 1e9:.1f} GB of {self.room_bytes / 1e9:.1f} GB usable at the least"  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,19 @@ from rich.table import Table
 from rich.text import Text
 
 from unisono.forecast.outlook import SHOWN, Knee, Outlook, Point, knee, runs_here
-from unisono.forecast.search import overrides
+from unisono.forecast.search import Machine, overrides
 
 
 def show(outlook: Outlook, detail: int | None = None) -> RenderableType:
     """All of it; `detail` is the number of devices whose options are listed, by default the knee."""
     bend = knee(outlook)
-    chosen = next((p for p in outlook.points if p.devices == detail), None) or _at_knee(
+    chosen = next((p for p in outlook.points if p.devices == detail), None) or at_knee(
         outlook, bend
     )
     return Group(
         Text(head(outlook)), Text(), curve(outlook), Text(),
         *[Text(line) for line in bends(outlook, bend)], Text(),
-        *[Text(line) for line in recommended(chosen)], Text(), options(chosen),
+        *[Text(line) for line in recommended(chosen, outlook.machine)], Text(), options(chosen),
         *[Text(line, style="dim") for line in misfits(chosen)],
     )  # fmt: skip
 
@@ -38,7 +38,7 @@ def head(outlook: Outlook) -> str:
 def curve(outlook: Outlook) -> Table:
     """A row for each number of devices."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    names = ("devices", "strategy", "batch", "tokens/s", "+-", "step", "effic.", "exposed", "memory",
+    names = ("devices", "strategy", "batch", "tokens/s", "±", "step", "effic.", "exposed", "memory",
              "hours", "money", "kWh")  # fmt: skip
     for name in names:
         table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
@@ -61,6 +61,9 @@ def bends(outlook: Outlook, bend: Knee) -> list[str]:
     lines = []
     most = outlook.points[-1].devices
     for limit, devices in bend.efficiency.items():
+        if devices == 0:
+            lines.append(f"none of them has {limit} efficiency: fewer devices get more from each")
+            continue
         lines.append(f"{limit} efficiency up to {plural(devices or most)}" + ("" if devices else ", the most asked for"))  # fmt: skip
         if devices is None:
             break
@@ -76,7 +79,7 @@ def bends(outlook: Outlook, bend: Knee) -> list[str]:
     return lines
 
 
-def recommended(point: Point) -> list[str]:
+def recommended(point: Point, machine: Machine) -> list[str]:
     """What to do on this many devices."""
     o = point.option
     lines = [f"on {plural(point.devices)}: {o.name}, micro-batch {o.run.micro_batch} x {o.run.accumulation}, recompute {o.run.recompute}"]  # fmt: skip
@@ -85,7 +88,10 @@ def recommended(point: Point) -> list[str]:
     if point.link_bytes_per_s is None:
         lines.append("  no link between nodes gives 95%: those inside, or latency, already cost more")  # fmt: skip
     elif point.link_bytes_per_s:
-        lines.append(f"  for 95% of a perfect network a link of {gbit(point.link_bytes_per_s)} is needed")  # fmt: skip
+        inside = point.devices <= machine.fabric.per_node
+        here = (machine.fabric.link if inside else machine.fabric.node)["all_reduce"].bytes_per_s
+        place = "devices of a node" if inside else "nodes"
+        lines.append(f"  95% of a perfect network needs {gbit(point.link_bytes_per_s)} between {place}, where there are {gbit(here)}")  # fmt: skip
     if point.best.tokens_per_s > 1.03 * o.tokens_per_s:
         gain = point.best.tokens_per_s / o.tokens_per_s - 1
         lines.append(f"  {point.best.name} would be {gain:.0%} faster, with another trainer")
@@ -117,10 +123,12 @@ def misfits(point: Point) -> list[str]:
     return [*shown, *([f"and {more} more"] if more > 0 else [])]
 
 
-def _at_knee(outlook: Outlook, bend: Knee) -> Point:
-    """The most devices at 85% efficiency."""
-    last = bend.efficiency["85%"] or outlook.points[-1].devices
-    return next(p for p in outlook.points if p.devices == last)
+def at_knee(outlook: Outlook, bend: Knee) -> Point:
+    """The most devices at 85% efficiency; the fewest where none have it."""
+    last = bend.efficiency["85%"]
+    if last is None:
+        return outlook.points[-1]
+    return next((p for p in outlook.points if p.devices == last), outlook.points[0])
 
 
 def plural(devices: int) -> str:
@@ -145,4 +153,7 @@ def size(value: float) -> str:
 
 def gbit(value: float) -> str:
     bits = value * 8
-    return f"{bits / 1e9:.3g} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:.3g} Mbit/s"
+    for limit, unit in ((1e12, "T"), (1e9, "G")):
+        if bits >= limit:
+            return f"{bits / limit:.3g} {unit}bit/s"
+    return f"{bits / 1e6:.3g} Mbit/s"

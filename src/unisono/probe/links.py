@@ -28,6 +28,10 @@ BUDGET_S = 0.35
 REPEATS = 9
 ROUNDS = 20
 PAIR_BYTES = 4 << 20
+BURST_MESSAGE_BYTES = 1 << 20
+PAUSE_S = 0.1
+SHAPED = 0.9
+"""A message after a pause that takes less than this of one right behind another: the link is shaped."""
 SLOW = 0.7
 """Of the median: below it a pair of hosts or a rank is named."""
 
@@ -94,24 +98,63 @@ def _seconds(begin: Callable[[], Handle], world: Group, device: str) -> float:
     return statistics.median(times[1:])
 
 
-def fit(timings: Sequence[Timing], nodes: int) -> list[LinkFit]:
-    """A latency and a bus bandwidth for each collective and axis among `timings`."""
+def burst_bytes(group: Group, device: str) -> float:
+    """Collective: what a shaped link lets through at once after a pause; 0 where nothing shapes it.
+
+    All-reduces, whose two directions begin together (forecast/directions.py).
+    """
+    begin = start(group, "all_reduce", BURST_MESSAGE_BYTES, device)
+    sent = FACTOR["all_reduce"](group.size) * BURST_MESSAGE_BYTES
+    shares: list[float] = []
+    for _ in range(REPEATS):
+        time.sleep(PAUSE_S)  # a bucket of tokens fills
+        times = []
+        for _ in range(2):
+            group.barrier()
+            began = time.perf_counter()
+            begin().wait()
+            synchronize(device)
+            times.append(time.perf_counter() - began)
+        first, second = group.each(*times).amax(dim=0).tolist()
+        shares.append(first / second)
+    share = statistics.median(shares)
+    return sent * (1 - share) if share < SHAPED else 0.0
+
+
+def fit(timings: Sequence[Timing], nodes: int, burst: float = 0.0) -> list[LinkFit]:
+    """A latency and a bus bandwidth for each collective and axis among `timings`.
+
+    `burst`: bytes that a shaped link lets through at once.
+    """
     groups: dict[tuple[str, str], list[Timing]] = {}
     for t in timings:
         groups.setdefault((t.axis, t.operation), []).append(t)
     return [
-        _fit_one(operation.replace("-", "_"), axis, rows, 1 if axis == "node" else nodes)
+        _fit_one(operation.replace("-", "_"), axis, rows, 1 if axis == "node" else nodes, burst)
         for (axis, operation), rows in groups.items()
     ]
 
 
-def _fit_one(collective: str, axis: str, rows: Sequence[Timing], nodes: int) -> LinkFit:
+def _fit_one(
+    collective: str, axis: str, rows: Sequence[Timing], nodes: int, burst: float
+) -> LinkFit:
     """Least absolute relative deviations of T = a + b S, by least squares that are weighted anew.
 
-    A single disturbed size then does not move the line.
+    A single disturbed size then does not move the line. What passes in a burst shows the latency alone,
+    and what does not the bandwidth.
     """
     x = [t.bytes * FACTOR[collective](t.ranks) for t in rows]
     y = [t.seconds for t in rows]
+    at_once = [b for a, b in zip(x, y) if a < burst]
+    behind = [(a, b) for a, b in zip(x, y) if a >= burst]
+    if at_once and behind:
+        latency = min(at_once)
+        slope = statistics.median(max(b - latency, 0.01 * b) / a for a, b in behind)
+        error = statistics.median(abs(latency + slope * a - b) / b for a, b in behind)
+        return LinkFit(
+            collective=collective, axis=axis, ranks=rows[0].ranks, nodes=nodes,  # type: ignore[arg-type]
+            latency_s=latency, bytes_per_s=1 / slope, error=error,
+        )  # fmt: skip
     weights = [1 / t**2 for t in y]
     for _ in range(ROUNDS):
         latency, slope = _line(weights, x, y)

@@ -82,6 +82,7 @@ def measure(
 
     timings: list[Timing] = []
     fits, sharing, pairs = [], [], []
+    burst = 0.0
     nodes = nodes_of(votes, world.local_rank)
     if world.size > 1:
         for axis, group in axes(votes, nodes, mesh, Ledger(), world.timeout_s).items():
@@ -89,11 +90,14 @@ def measure(
             found, left_out = links.time_collectives(group, axis, votes, device)
             timings += found
             notes += left_out
-        fits = links.fit(timings, max(nodes) + 1)
         say("communication beside compute")
         stream = Group("stream", Ledger(), world.timeout_s)
         sharing = measure_sharing(run, pass_s, stream, device)
+        burst = links.burst_bytes(stream, device)
         stream.close()
+        fits = links.fit(timings, max(nodes) + 1, burst)
+        if burst:
+            notes.append(f"the link is shaped: {burst / 1024:.0f} KiB pass at once after a pause")
     if max(nodes) > 0:
         say("pairs of hosts")
         pairs = links.time_pairs(votes, nodes, device)
@@ -109,6 +113,7 @@ def measure(
         links=tuple(fits),
         collectives=tuple(timings),
         sharing=tuple(sharing),
+        burst_bytes=burst,
         pairs=tuple(pairs),
         threads=world.threads or 1,
         notes=tuple(notes),

@@ -27,7 +27,9 @@ from unisono.sync.ledger import Group, Handle
 MESSAGES = {"all_reduce": 4 << 20, "all_gather": 1 << 20, "all_to_all": 1 << 20}
 """Bytes that a rank owns of a message, near those of training's buckets and chunks."""
 LEAST_MESSAGES, MOST_MESSAGES = 8, 64
-"""Fewer would go through a shaper's burst: 2 MiB at 100 Mbit/s seem to travel at 106."""
+FIRST = 2
+"""Messages before the clock of the stream's own rate: they go through a shaper's burst (2 MiB at 100 Mbit/s
+seem to travel at 106), and while they do gloo's two directions take turns."""
 REPEATS = 3
 SHARE = 0.7
 """Of the passes' time that the stream shall take."""
@@ -45,21 +47,21 @@ def measure_sharing(
         def stream(count: int, messages: list[Callable[[], Handle]] = messages) -> list[Handle]:
             return [messages[i % len(messages)]() for i in range(count)]
 
-        one_s = _alone(stream, 4, group, device) / 4
+        one_s = _alone(stream, 4, group, device)[0] / 4
         count = max(LEAST_MESSAGES, min(MOST_MESSAGES, round(SHARE * pass_s / one_s)))
         passes = max(1, round(count * one_s / SHARE / pass_s))
-        pairs, alone = [], []
+        pairs, steady = [], []
         for _ in range(REPEATS):
-            alone.append(_alone(stream, count, group, device))
+            stream_s, steady_s = _alone(stream, count, group, device)
+            steady.append(steady_s)
             compute_s = _compute(run, passes, group, device)
-            pairs.append(_together(run, passes, compute_s, stream, count, alone[-1], group, device))
-        stream_s = statistics.median(alone)
+            pairs.append(_together(run, passes, compute_s, stream, count, stream_s, group, device))
         compute, transfer = (statistics.median(p) for p in zip(*pairs, strict=True))
-        sent = count * nbytes * FACTOR[collective](group.size)
+        sent = (count - FIRST) * nbytes * FACTOR[collective](group.size)
         found.append(
             Sharing(
                 collective=collective, ranks=group.size, message_bytes=nbytes,  # type: ignore[arg-type]
-                bytes_per_s=sent / stream_s, compute_speed=_share(compute), transfer_speed=_share(transfer),
+                bytes_per_s=sent / statistics.median(steady), compute_speed=_share(compute), transfer_speed=_share(transfer),
             )
         )  # fmt: skip
     return found
@@ -70,14 +72,21 @@ def _share(speed: float) -> float:
     return min(1.0, max(0.01, speed))
 
 
-def _alone(stream: Callable[[int], list[Handle]], count: int, group: Group, device: str) -> float:
-    """Collective: seconds of `count` messages, on the slowest rank."""
+def _alone(
+    stream: Callable[[int], list[Handle]], count: int, group: Group, device: str
+) -> tuple[float, float]:
+    """Collective: seconds of `count` messages, and of those after the FIRST, on the slowest rank."""
     group.barrier()
-    began = time.perf_counter()
-    for handle in stream(count):
+    began = steady = time.perf_counter()
+    for k, handle in enumerate(stream(count), 1):
         handle.wait()
+        if k == FIRST:
+            synchronize(device)
+            steady = time.perf_counter()
     synchronize(device)
-    return float(group.each(time.perf_counter() - began).max())
+    ended = time.perf_counter()
+    whole_s, steady_s = group.each(ended - began, ended - steady).amax(dim=0).tolist()
+    return whole_s, steady_s
 
 
 def _compute(run: Callable[[], None], passes: int, group: Group, device: str) -> float:
