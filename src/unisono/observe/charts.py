@@ -96,6 +96,7 @@ def run_charts(
     rows: list[Row], ranks: list[Row], config: Row, plan: Row, receipt: Row, forecast: Row,
     folder: Folder,
 ) -> list[Row]:  # fmt: skip
+    """Those that there is something to draw for, in order; what is not there is told to `folder`."""
     batch = (number(plan.get("global_batch_size")) or 0) * (
         number(plan.get("sequence_length")) or 0
     )
