@@ -12,65 +12,35 @@ cores that costs DDP a third, because gloo's threads then share the core of the 
 import argparse
 import json
 import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 from machine import machine
+from recipe import on_ranks, recipe, tell
 
 HERE = Path(__file__).parent
 SYSTEMS = ("one", "exact", "ddp")
 
 
 def worker(sync: str, steps: int, out: Path) -> None:
-    """One rank: set the job up, take `steps` timed steps; rank 0 writes the median step time."""
-    from unisono import config as config_module
-    from unisono.observe.screen import Quiet
-    from unisono.sync.ledger import Group, Ledger
+    """One rank: take `steps` timed steps; rank 0 tells the median step time."""
     from unisono.train.advance import advance
-    from unisono.train.job import set_up
-    from unisono.train.stopping import watching
-    from unisono.world import from_env, joined
 
-    asked = config_module.load("shakespeare", [f"output_dir={out}", f"sync={sync}", "device=cpu"])
-    world = from_env(asked.device, 1, asked.timeout_s)
-    with watching() as stop, joined(world):
-        ledger = Ledger()
-        votes = Group("votes", ledger, 600)
-        out.mkdir(parents=True, exist_ok=True)
-        job = set_up(asked, world, Quiet(), stop, ledger, votes)
+    with recipe(out, f"sync={sync}") as job:
         times = []
         for _ in range(steps + 5):
             began = time.perf_counter()
             advance(job)
             job.progress.step += 1
             times.append(time.perf_counter() - began)
-        if world.is_main:
-            sent = ledger.sent_bytes / len(times)
-            result = {"step_s": statistics.median(times[5:]), "sent_bytes_per_step": sent}
-            (out / "result.json").write_text(json.dumps(result))
+        if job.world.is_main:
+            sent = job.ledger.sent_bytes / len(times)
+            tell(out, {"step_s": statistics.median(times[5:]), "sent_bytes_per_step": sent})
 
 
 def measure(system: str, steps: int) -> dict:
-    from unisono.launch.local import launch
-
-    with tempfile.TemporaryDirectory() as folder:
-        sync = "exact" if system == "one" else system
-        command = [
-            sys.executable,
-            __file__,
-            "--worker",
-            sync,
-            "--steps",
-            str(steps),
-            "--out",
-            folder,
-        ]
-        replicas = 1 if system == "one" else 2
-        if launch(command, replicas, 1) != 0:
-            raise SystemExit(f"{system}: the run failed")
-        return json.loads((Path(folder) / "result.json").read_text())
+    sync, replicas = ("exact", 1) if system == "one" else (system, 2)
+    return on_ranks(replicas, "--sync", sync, "--steps", steps)
 
 
 def main() -> None:
@@ -78,11 +48,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--json", type=Path, default=HERE / "results" / "efficiency.json")
-    parser.add_argument("--worker", choices=["exact", "ddp", "reference"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--sync", choices=["exact", "ddp"], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker, args.steps, args.out)
+        worker(args.sync, args.steps, args.out)
         return
     about = machine()
     print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {about['date']}")

@@ -50,7 +50,7 @@ CLEAN = [
     "long compilation", "holds the interpreter", "busy machine", "sleeps 5 s", "sleeps 20 s",
 ]  # fmt: skip
 AT_STEP = 7
-WORDS = ("hang", "lost", "desynchronized", "slow", "went on")
+WORDS = ("hang", "silent", "lost", "desynchronized", "slow", "went on")
 
 
 # --- on a rank

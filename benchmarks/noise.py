@@ -13,12 +13,11 @@ With one of the two alone, the other is taken from the file.
 import argparse
 import json
 import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 from machine import machine
+from recipe import on_ranks, recipe, tell
 
 HERE = Path(__file__).parent
 EVERY = 25
@@ -27,16 +26,10 @@ WARM = 10
 
 
 def worker(steps: int, minutes: float, out: Path) -> None:
-    """One rank of the recipe; rank 0 writes what came of it."""
-    from unisono import config as config_module
+    """One rank of the recipe; rank 0 tells what came of it."""
     from unisono.observe.noise import BUDGET, Meter
-    from unisono.observe.screen import Quiet
-    from unisono.sync.ledger import Group, Ledger
     from unisono.train.advance import advance
     from unisono.train.batch_advice import advise, metrics
-    from unisono.train.job import set_up
-    from unisono.train.stopping import watching
-    from unisono.world import from_env, joined
 
     class Alternating(Meter):
         """Measures every second step, and keeps what it cost."""
@@ -56,15 +49,7 @@ def worker(steps: int, minutes: float, out: Path) -> None:
                 self.norms_s.append(spent_s)
             super().keep(squares, sizes, spent_s, norm, total)
 
-    asked = config_module.load(
-        "shakespeare", [f"output_dir={out}", "device=cpu", f"max_steps={steps}"]
-    )
-    world = from_env(asked.device, 1, asked.timeout_s)
-    with watching() as stop, joined(world):
-        ledger = Ledger()
-        votes = Group("votes", ledger, 600)
-        out.mkdir(parents=True, exist_ok=True)
-        job = set_up(asked, world, Quiet(), stop, ledger, votes)
+    with recipe(out, f"max_steps={steps}") as job:
         job.noise = meter = Alternating()
         times: dict[bool, list[float]] = {True: [], False: []}
         rows = []
@@ -80,15 +65,15 @@ def worker(steps: int, minutes: float, out: Path) -> None:
                 found = metrics(meter.scale(), job.plan, job.progress.tokens)
                 row = {k.removeprefix("batch__"): round(v) for k, v in found.items()}
                 rows.append({"step": step + 1, **row})
-                if votes.sum(float(time.perf_counter() > ends))[0]:
+                if job.votes.sum(float(time.perf_counter() > ends))[0]:
                     break
-        if world.is_main:
+        if job.world.is_main:
             median_s = {measured: statistics.median(t) for measured, t in times.items()}
             norms_s = statistics.median(meter.norms_s)
             result = {
                 "parts": job.sync.parts.kind,
                 "rows": rows,
-                "advice": advise(meter.scale(), job.plan, asked, job.progress.tokens).lines,
+                "advice": advise(meter.scale(), job.plan, job.config, job.progress.tokens).lines,
                 "step_ms": {"measured": 1e3 * median_s[True], "not": 1e3 * median_s[False]},
                 "measured_over_not": median_s[True] / median_s[False],
                 "norms_ms": 1e3 * norms_s,
@@ -96,21 +81,7 @@ def worker(steps: int, minutes: float, out: Path) -> None:
                 "norms_share_within_budget": BUDGET,
                 "gradient_bytes": sum(p.numel() * 4 for _, p in job.sync.named_parameters()),
             }
-            (out / "result.json").write_text(json.dumps(result))
-
-
-def measure(replicas: int, steps: int, minutes: float) -> dict:
-    from unisono.launch.local import launch
-
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, __file__, "--worker", "--steps", str(steps), "--minutes", str(minutes),
-            "--out", folder,
-        ]  # fmt: skip
-        code = launch(command, replicas, threads=1)
-        if code:
-            raise SystemExit(f"{replicas} replicas ended with code {code}")
-        return json.loads((Path(folder) / "result.json").read_text())
+            tell(out, result)
 
 
 def compare(one: dict, two: dict) -> list[dict]:
@@ -141,7 +112,9 @@ def main() -> None:
     report["machine"] = about
     runs = report.setdefault("runs", {})
     for replicas in args.replicas:
-        found = runs[str(replicas)] = measure(replicas, args.steps, args.minutes)
+        found = runs[str(replicas)] = on_ranks(
+            replicas, "--steps", args.steps, "--minutes", args.minutes
+        )
         print(
             f"{replicas} replicas, parts are {found['parts']}: "
             f"step {found['step_ms']['not']:.1f} ms, measured {found['measured_over_not'] - 1:+.2%}; "

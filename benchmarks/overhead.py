@@ -67,7 +67,8 @@ class CountingClock(Clock):
 def rank(world, config, blocks: int, steps: int) -> dict:
     from unisono.files import JsonLines
     from unisono.observe.account import RANKS as ROWS
-    from unisono.observe.account import Account, bytes_in_use
+    from unisono.observe.account import Account
+    from unisono.observe.environment import memory_bytes
     from unisono.observe.flops import count
     from unisono.observe.metrics import Metrics
     from unisono.observe.screen import Quiet
@@ -94,7 +95,7 @@ def rank(world, config, blocks: int, steps: int) -> dict:
             account.jump(step, advanced.outcome.loss, advanced.gradient_norm)
             if step % LOGGING == 0 and world.is_main:
                 phases = ledger.clock.read()
-                metrics.write(step, **{f"time__{p}_s": s for p, s in phases.items()}, memory=bytes_in_use("cpu"))  # fmt: skip
+                metrics.write(step, **{f"time__{p}_s": s for p, s in phases.items()}, memory=memory_bytes("cpu"))  # fmt: skip
                 rows.append(account.row(step))
 
         def block(instrumented: bool) -> float:
@@ -160,7 +161,7 @@ def rank(world, config, blocks: int, steps: int) -> dict:
 
         def write() -> None:
             phases = ledger.clock.read()
-            metrics.write(1, **{f"time__{p}_s": s for p, s in phases.items()}, memory=bytes_in_use("cpu"))  # fmt: skip
+            metrics.write(1, **{f"time__{p}_s": s for p, s in phases.items()}, memory=memory_bytes("cpu"))  # fmt: skip
             rows.append(account.row(1))
 
         parts = {

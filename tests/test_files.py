@@ -12,6 +12,7 @@ import pytest
 
 from unisono.errors import UnisonoError
 from unisono.files import (
+    Followed,
     JsonLines,
     RunLock,
     fsync_file,
@@ -19,6 +20,7 @@ from unisono.files import (
     readable_bytes,
     replacing,
     truncate_after,
+    up_to,
     write_json,
 )
 
@@ -107,6 +109,34 @@ def test_a_torn_last_line_is_cut_off(tmp_path, tail_bytes):
         assert path.read_bytes() == whole
         lines.append({"step": 3})
     assert [row["step"] for row in read_lines(path)] == [0, 1, 2, 3]
+
+
+def test_rows_without_a_step_go_with_those_of_later_ones(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1}, {"step": 9}, {}, {"step": "x"}, {"step": None}, {"step": [1]}, {"step": 4}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2')
+    assert truncate_after(path, up_to(4)) == 6
+    assert list(read_lines(path)) == [{"step": 1}, {"step": 4}]
+
+
+def test_a_file_that_is_followed_gives_each_row_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nodd\n{"step": 2')
+    followed = Followed(path)
+    assert followed.new() == (True, [{"step": 1}])
+    with path.open("a") as file:
+        file.write("}\n")
+    assert followed.new() == (False, [{"step": 2}])
+    assert followed.new() == (False, [])
+    path.write_text('{"step": 7}\n')  # cut, in place
+    assert followed.new() == (True, [{"step": 7}])
+    truncate_after(path, up_to(0))  # replaced
+    with path.open("a") as file:
+        file.write('{"step": 1, "again": true}\n')
+    assert followed.new() == (True, [{"step": 1, "again": True}])
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        followed.new()
 
 
 def test_a_file_of_one_torn_line_becomes_empty(tmp_path):

@@ -133,6 +133,16 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def up_to(step: int) -> Callable[[dict[str, Any]], bool]:
+    """For `truncate_after`: keeps rows of steps up to this one; what has no step goes."""
+
+    def keep(row: dict[str, Any]) -> bool:
+        found = row.get("step")
+        return isinstance(found, int) and found <= step
+
+    return keep
+
+
 class Followed:
     """A file of JSON lines that grows: `new` gives the rows that were added since the last call."""
 

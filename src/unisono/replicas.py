@@ -10,19 +10,26 @@
 
 Gradients leave while the backward pass runs (sync/exact.py); after `finish` they are the gradients
 of the mean over the whole global batch, equal on every replica. A rank that hangs, fails or does
-something else than the others is named on standard error and in what they raise (observe/watch.py).
+something else than the others is named on standard error and in what they raise (observe/watch.py); one that
+is slow, was given more, or is behind a slow link, with what it costs (observe/blame.py). What is read under
+`with sync.ledger.clock("data"):` is told apart from computing.
 """
 
 import atexit
+import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from unisono.errors import UnisonoError
+from unisono.observe.account import Account
+from unisono.observe.arrival import Stamps, gathered, spread
 from unisono.observe.noise import Meter, NoiseScale
 from unisono.observe.watch import Watch
 from unisono.sync import broadcast_model
@@ -45,6 +52,17 @@ class Replicas:
         self._exact = Exact(model, self.ledger, bucket_mb=bucket_mb, timeout_s=timeout_s)
         self._noise = Meter()
         self._exact.parts.begin(measure=self._noise.due())
+        self._steps = 0
+        self._stamps = Stamps(self.ledger.clock)
+        params = self._exact.params
+        sent_bytes = (
+            2 * sum(p.numel() * p.element_size() for p in params) * (1 - 1 / self._group.size)
+        )
+        self._device = "cuda" if any(p.is_cuda for p in params) else "cpu"
+        self._account = Account(
+            self._group, self._stamps, socket.gethostname(), self._device, sent_bytes
+        )
+        self._stamps.began()
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -61,8 +79,18 @@ class Replicas:
         this replica summed, and may differ among replicas or be 0. With losses that are means over
         equal shares, leave it at 1.
         """
-        total, *told = self._exact.finish(count, *self._noise.told())
-        self._noise.hear(told)
+        size, own = self._group.size, self._stamps.period
+        if size > 1 and self._device == "cuda":  # until then it computes, and is no arrival
+            torch.cuda.current_stream().synchronize()
+        # What a loop does between its calls is not known better than that it is this rank's own.
+        own = replace(own, compute=own.compute + own.other, other=0.0)
+        self._stamps.arrived(count)
+        told = self._noise.told()
+        total, *sums = self._exact.finish(count, *told, *spread(own, self._group.rank, size))
+        self._stamps.left()
+        self._noise.hear(sums[: len(told)])
+        if size > 1:
+            self._follow(sums[len(told) :])
         if total <= 0:
             raise UnisonoError(f"finish(count={count}): the counts of all replicas sum to {total}")
         grads = [p.grad for p in self._exact.params if p.grad is not None]
@@ -70,6 +98,19 @@ class Replicas:
             torch._foreach_div_(grads, total)
         self._measure(grads, count, total)
         return total
+
+    def verdicts(self) -> list[str]:
+        """What was said about slow ranks, uneven counts and slow links so far; equal on all replicas."""
+        return list(self._account.events)
+
+    def _follow(self, sums: Sequence[float]) -> None:
+        """Collective now and then: the time of all ranks in the step before, and what there is to say."""
+        periods = gathered(sums, self._group.size)
+        self._stamps.settle(periods, self._group.rank)
+        self._steps += 1
+        for line in self._account.step(self._steps, periods):
+            if self._group.rank == 0:
+                print(f"unisono: {line}", file=sys.stderr, flush=True)
 
     def noise_scale(self) -> NoiseScale | None:
         """The gradient noise scale, in what `count` counts; equal on all replicas. Not collective.

@@ -67,6 +67,73 @@ def test_a_slow_loader_is_named_and_the_other_rank_waits(corpus: Path, tmp_path:
     assert waiting == pytest.approx(first["waiting"], rel=0.1)
 
 
+def slow_passes(world) -> None:
+    """Rank 1 computes for 40 ms more."""
+    import time
+
+    from unisono.train import job
+
+    compute = job.causal_lm
+
+    def slow(*args: object) -> object:
+        time.sleep(0.04)
+        return compute(*args)
+
+    if world.rank == 1:
+        job.causal_lm = slow
+
+
+@pytest.mark.parametrize(
+    ("patch", "kind"), [(late_batches, "slow loader"), (slow_passes, "slow rank")]
+)
+def test_ddp_has_the_same_account(corpus: Path, tmp_path: Path, patch: Any, kind: str) -> None:
+    """Its collectives pass no ledger, but how long a rank stands still in them is seen."""
+    found = job(corpus, tmp_path, patch=patch, sync="ddp", max_steps=55)
+    assert [(b["kind"], b["rank"]) for b in found["blame"]] == [(kind, 1)]
+    first, second = found["seconds_by_rank"]
+    assert first["waiting"] > 10 * max(0.001, second["waiting"])
+    assert first["compute"] < 0.5 * (first["compute"] + first["waiting"]), "waiting is no compute"
+    assert sum(found["shares"].values()) == pytest.approx(1, abs=0.01)
+
+
+def own_loop(world, slow_s: float, more: int) -> tuple[list[str], float, float]:
+    """A loop of one's own, of which rank 1 sleeps in each step, or gets more samples."""
+    import time
+
+    import torch
+
+    import unisono
+
+    torch.manual_seed(1)
+    model = torch.nn.Linear(8, 4)
+    sync = unisono.replicate(model, timeout_s=60)
+    for _ in range(140):
+        count = 4 + more * (world.rank == 1)
+        time.sleep(0.02 + slow_s * (world.rank == 1) + 0.005 * more * (world.rank == 1))
+        model(torch.ones(count, 8)).sum().backward()
+        sync.finish(count)
+        model.zero_grad()
+    seconds = sync.ledger.clock.read()
+    said = sync.verdicts()
+    sync.close()
+    return said, seconds["waiting"], seconds["imbalance"]
+
+
+def test_a_loop_of_ones_own_names_who_is_slow_or_has_more() -> None:
+    for slow_s, more, words in (
+        (0.02, 0, ": slow rank: rank 1 computes "),
+        (0.0, 4, ": uneven load: rank 1 was given 33% more than the mean"),
+    ):
+        (said, waiting, imbalance), other = run_ranks(own_loop, 2, slow_s, more)
+        [line] = said
+        assert words in line and "of the step" in line
+        assert other[0] == said, "all replicas say the same"
+        mine = imbalance if more else waiting
+        assert mine > 10 * max(0.02, other[2 if more else 1])
+    for said, *_ in run_ranks(own_loop, 2, 0.0, 0):
+        assert said == []
+
+
 def long_sequences(world) -> None:
     """Rank 1's sequences are four times as long."""
     from unisono.data.blocks import Batch

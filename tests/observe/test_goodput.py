@@ -44,6 +44,14 @@ def test_a_session_that_was_undone_by_a_later_one_counts_for_nothing() -> None:
     assert goodput(rows).committed_s == 28
 
 
+def test_rows_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    good = [row("began", 100), row("saved", 150, 10, 40), row("ended", 160, 12, 48)]
+    odd = [{}, {"event": "began"}, {"event": 3}, row("saved", 155, "x", 1), row("seen", None), {"event": "seen", "time": float("nan")}]  # fmt: skip
+    assert goodput([*odd, good[0], *odd, *good[1:], *odd]) == goodput(good)
+    (tmp_path / "metrics.jsonl").write_text('{"step": "x", "time": [1]}\n')
+    Sessions(tmp_path, 1020.0, 0, "metrics.jsonl").close()
+
+
 def test_the_last_sign_of_life_is_kept_before_metrics_are_cut(tmp_path: Path) -> None:
     first = Sessions(tmp_path, 1000.0, 0, "metrics.jsonl")
     first.close()

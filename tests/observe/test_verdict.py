@@ -1,8 +1,11 @@
 """The judgement on what ranks say about themselves: what is proof, what takes longer, what is nothing."""
 
+import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from unisono.observe.verdict import (
     BLOCKED_S,
@@ -81,6 +84,13 @@ def test_when_the_wait_has_failed_the_alive_rank_is_named() -> None:
     assert "every rank has reached all-reduce 812" in everybody.text
 
 
+def test_a_checkpoint_that_takes_longer_than_the_timeout_says_so() -> None:
+    verdict = judge(0, late(phase="checkpoint", idle_s=5.4), final=True)
+    assert verdict
+    assert "writes a checkpoint: raise timeout_s, or write to a faster disk" in verdict.text
+    assert judge(0, late(phase="checkpoint", idle_s=5.4)) is None
+
+
 def test_who_is_late_because_of_another_is_not_named() -> None:
     key = "shard/2/1"
     ranks = seen(waiting(0, 812, 99), waiting(1, 5, 99, key=key), record(2, 811))
@@ -116,9 +126,26 @@ def test_who_is_late_because_of_another_is_not_named() -> None:
 def test_silence(about: dict, named: bool) -> None:
     verdict = judge(0, late(**about))
     assert (verdict is not None) == named
-    if verdict:
+    if verdict and about["process"] != "?":
         assert (verdict.kind, verdict.ranks) == ("stopped", (2,))
-        assert "rank 2 (process 102 on h) does not run for" in verdict.line
+        assert verdict.line.startswith("hang: rank 2 (process 102 on h) does not run for")
+    elif verdict:  # it may well run: nobody can tell from here, so it is not called a hang
+        assert (verdict.kind, verdict.ranks) == ("silent", (2,))
+        assert verdict.line.startswith(
+            "silent: rank 2 (process 102 on h) gives no sign of life for"
+        )
+        assert (
+            "in one long call that lets no other thread run, or stopped, or its host"
+            in verdict.line
+        )
+
+
+def test_of_two_silent_ranks_the_one_that_is_known_to_be_stopped_is_named() -> None:
+    ranks = late(process="T", silent_s=4.0)
+    ranks[1] = replace(ranks[1], process="?", silent_s=4.0)
+    verdict = judge(0, ranks)
+    assert verdict
+    assert (verdict.kind, verdict.ranks) == ("stopped", (2,))
 
 
 def test_all_silent_ranks_are_named_together() -> None:
@@ -213,5 +240,41 @@ def test_a_circle_is_proof_and_a_chain_is_not() -> None:
 def test_records_travel_as_json_and_what_is_none_is_left_out() -> None:
     made = waiting(1, 812, ended="x")
     assert Record.from_json(made.to_json()) == made
+    seeing = replace(made, sees={2: ("T", False)})
+    assert Record.from_json(seeing.to_json()) == seeing
     for bad in (b"", b"[]", b"{}", b"\xff", b'{"wait": null, "groups": {}}', b'{"wait": 3, "groups": []}'):  # fmt: skip
         assert Record.from_json(bad) is None
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(VALUES, st.lists(st.integers(0, 20), min_size=1, max_size=5), st.integers(0, 80))
+def test_no_record_whatever_breaks_the_judgement(poison, where: list[int], cut: int) -> None:
+    """Torn, of another version, or hostile: it is no record, or one that is judged in one line."""
+    made = waiting(2, 812, 99.0, ended=None, idle_s=5.0, sees={1: ("T", False)})
+    text = json.dumps(poisoned(json.loads(made.to_json()), poison, where)).encode()
+    for odd in (text, text[:-cut] if cut else text):
+        record = Record.from_json(odd)
+        if record is None:
+            continue
+        for final in (False, True):
+            ranks = seen(waiting(0, 813, 99.0), waiting(1, 812, 99.0), record, silent_s=3.5)
+            verdict = judge(0, ranks, final=final)
+            assert verdict is None or "\n" not in verdict.line
+
+
+def poisoned(value, poison, where: list[int]):
+    """A copy with something inside replaced; `where` chooses a way down."""
+    if not where or not isinstance(value, dict | list) or not value:
+        return poison
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    key = keys[where[0] % len(keys)]
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[key] = poisoned(value[key], poison, where[1:])
+    return copy

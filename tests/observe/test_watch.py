@@ -227,6 +227,67 @@ def test_a_last_word_is_waited_for() -> None:
     assert [verdict.judge(0, seen) for seen in looks] == [None] * 3
 
 
+def test_a_watch_that_fails_does_not_hide_that_the_others_are_lost() -> None:
+    class Broken(LastWord):
+        def read(self) -> dict[int, bytes]:
+            raise MemoryError("no room")
+
+    looking = watch.Watch(Ledger(), Broken())
+    assert looking.why_lost() == "why is not known: the watch failed with MemoryError: no room"
+    looking.end()
+
+
+def elsewhere(rank: int, **changes) -> verdict.Seen:
+    """What is known here of a rank on another machine."""
+    record = verdict.Record(7, 1, "other machine", "h", "compute", [])
+    silent_s = changes.pop("silent_s", 0.0)
+    return verdict.Seen(replace(record, **changes), silent_s)
+
+
+def test_a_rank_beside_a_silent_one_tells_the_ranks_elsewhere() -> None:
+    """A process that computes in one long call is no hang, and one that is stopped is."""
+    for sight, process in ((("T", False), "T"), (("R", True), "R"), (("S", True), "S")):
+        known = {1: elsewhere(1, silent_s=3.5), 2: elsewhere(2, sees={1: sight})}
+        found = watch._with_neighbours(known)
+        assert (found[1].process, found[1].computes) == (process, sight[1])
+        assert found[2] == known[2]
+    on_a_third = replace(known[2].record, machine="third machine")
+    for nothing in (
+        {1: known[1]},
+        {1: known[1], 2: elsewhere(2, sees={1: ("T", False)}, silent_s=3.5)},
+        {1: known[1], 2: verdict.Seen(on_a_third)},
+        {1: elsewhere(1, silent_s=0.2), 2: known[2]},
+    ):
+        assert watch._with_neighbours(nothing)[1].process == "?"
+
+
+def on_two_machines(world, folder: str, first_there: int) -> str:
+    """Ranks from `first_there` on are on another machine, as far as all of them know."""
+    if world.rank >= first_there:
+        watch._machine = lambda: "another machine"
+    verdict.SILENT_OUTSIDE_S = verdict.SILENT_S  # its last heartbeat may come between two steps
+    return take_part(world, folder, None, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("first_there", "line"), [(2, "silent: rank 2 (process "), (1, "hang: rank 2 (process ")]
+)
+def test_rank_0_knows_of_a_stopped_rank_elsewhere_what_its_neighbour_sees(
+    tmp_path: Path, meeting: dict[str, str], first_there: int, line: str
+) -> None:
+    with started(on_two_machines, 3, str(tmp_path), first_there, join=True, env=meeting) as ranks:
+        wait_for(training(tmp_path))
+        ranks.signal(signal.SIGSTOP, rank=2)
+        wait_for(lambda: said(tmp_path))
+        ranks.signal(signal.SIGCONT, rank=2)
+        wait_for(lambda: len(said(tmp_path)) > 1)
+        (tmp_path / "enough").touch()
+        assert ranks.result() == ["done"] * 3
+    found, passed = said(tmp_path)
+    assert found.startswith(line), found
+    assert passed.endswith(": rank 2")
+
+
 # --- ranks that meet through a TCPStore, as under torchrun
 
 

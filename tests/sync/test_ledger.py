@@ -137,3 +137,26 @@ def be_late(world) -> str:
 def test_a_collective_that_takes_too_long_is_an_error() -> None:
     told = run_ranks(be_late, 2)
     assert told[0].startswith("lost the other replicas in all-reduce 1 of group 'votes' after 0.")
+
+
+def wait_in_a_group_of_torchs_own(world) -> str:
+    """Half of what init_device_mesh does: a group that knows nothing of our timeout."""
+    import torch.distributed as dist
+
+    Group("first", Ledger(), 60).barrier()
+    group = Group("axis", Ledger(), 2.0, dist.new_group())
+    if world.rank == 1:
+        Group("second", Ledger(), 60).barrier()
+        return ""
+    message = ""
+    try:
+        group.barrier()
+    except ReplicaError as error:
+        message = str(error)
+    Group("second", Ledger(), 60).barrier()
+    return message
+
+
+def test_an_existing_group_gets_the_timeout() -> None:
+    message, _ = run_ranks(wait_in_a_group_of_torchs_own, 2)
+    assert message.startswith("lost the other replicas in all-reduce 1 of group 'axis' after 2.")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from unisono.data.order import Order
-from unisono.files import JsonLines, fsync_file, read_lines, truncate_after
+from unisono.files import JsonLines, fsync_file, read_lines, truncate_after, up_to
 
 
 class Ledger:
@@ -42,7 +42,7 @@ class Ledger:
 def truncate(folder: Path, step: int) -> None:
     """Drop everything after `step` from all ranks' files. No `Ledger` may be open on them."""
     for path in _files(folder):
-        truncate_after(path, lambda row: row.get("step", step + 1) <= step)
+        truncate_after(path, up_to(step))
 
 
 def read(folder: Path) -> dict[int, list[int]]:

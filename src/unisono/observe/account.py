@@ -8,11 +8,7 @@ every ALIGN_S, and a look at the links where the wire costs.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
-
-import psutil
-import torch
 
 from unisono.observe import timeline
 from unisono.observe.arrival import Period, Stamps, by_phase, values_of
@@ -96,15 +92,3 @@ class Account:
     def _note(self, number: int, line: str) -> str:
         self.events.append(f"step {number}: {line}")
         return self.events[-1]
-
-
-def bytes_in_use(device: str) -> float:
-    """Memory at this moment, as in `peak_memory_bytes`."""
-    if device != "cpu":
-        return float(torch.cuda.memory_allocated(device))
-    return float(_process().memory_info().rss)
-
-
-@lru_cache(1)
-def _process() -> psutil.Process:
-    return psutil.Process()

@@ -74,6 +74,18 @@ values_of = attrgetter(*NAMES)
 """The fields of a period as a tuple, in order."""
 
 
+def spread(period: Period, rank: int, size: int) -> list[float]:
+    """A period for a sum over `size` ranks that is to hold every rank's own."""
+    values = [0.0] * (len(NAMES) * size)
+    values[rank::size] = values_of(period)
+    return values
+
+
+def gathered(sums: Sequence[float], size: int) -> list[Period]:
+    """The periods by rank, from the sum of what all ranks have `spread`."""
+    return [Period(*sums[rank::size]) for rank in range(size)]
+
+
 def split(periods: Sequence[Period]) -> list[tuple[float, float, float]]:
     """(waiting, imbalance, communication) of what each rank stood still in one step."""
     busy = [p.busy for p in periods]

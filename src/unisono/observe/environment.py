@@ -1,10 +1,12 @@
-"""What a run ran on: versions, device, host. Rank 0's, written once as environment.json."""
+"""What a run ran on: versions, device, host (rank 0's, written once as environment.json); and memory."""
 
+import ctypes
 import os
 import platform
 import resource
 import sys
 from contextlib import suppress
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,40 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
+def memory_bytes(device: str) -> int:
+    """Memory at this moment: allocated on the GPU, else resident of this process."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    return int(_process().memory_info().rss)
+
+
+@lru_cache(1)
+def _process() -> psutil.Process:
+    return psutil.Process()
+
+
+def give_back_memory() -> None:
+    """To the system, what C's allocator keeps of what was freed; where it can be asked to (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def reset_peak_memory(device: str) -> None:
+    """Count the peak from here on; where the kernel does not allow it, from the start of the process."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    give_back_memory()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(device: str) -> int:
-    """The most memory so far: allocated on the GPU, else resident of this process."""
+    """The most of `memory_bytes` so far."""
     if device != "cpu":
         import torch
 

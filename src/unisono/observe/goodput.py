@@ -10,6 +10,7 @@ What is not goodput: starting (tokenizing, loading, baselines), evaluation, chec
 process, steps skipped. Time between sessions, in which nothing ran, is told beside it.
 """
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -44,7 +45,8 @@ class Sessions:
 
     def __init__(self, run: Path, began: float, step: int, metrics: str) -> None:
         """`began`: time.time(). `metrics`: the file whose last row may be the last sign of life."""
-        signs = [row.get("time", 0.0) for name in (FILE, metrics) for row in _last(run / name)]
+        last = [row.get("time") for name in (FILE, metrics) for row in _last(run / name)]
+        signs = [float(sign) for sign in last if sign is not None and _is_number(sign)]
         self._path = run / FILE
         self._lines = JsonLines(self._path)
         if signs:
@@ -75,10 +77,20 @@ def _last(path: Path) -> list[dict[str, Any]]:
         return []
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_sound(row: Mapping[str, Any]) -> bool:
+    """What a damaged file may hold besides is passed over."""
+    numbers = ("time",) if row.get("event") == "seen" else ("time", "step", "stepping_s")
+    return isinstance(row.get("event"), str) and all(_is_number(row.get(n)) for n in numbers)
+
+
 def goodput(rows: Iterable[Mapping[str, Any]]) -> Goodput:
     """From the rows of `sessions.jsonl`, the last session's end included."""
     sessions: list[list[Mapping[str, Any]]] = []
-    for row in rows:
+    for row in filter(_is_sound, rows):
         if row.get("event") == "began":
             sessions.append([])
         if sessions:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from unisono.files import JsonLines, truncate_after
+from unisono.files import JsonLines, truncate_after, up_to
 
 FILE = "metrics.jsonl"
 
@@ -17,7 +17,7 @@ class Metrics:
     """The writer of rank 0. `from_step`: rows of later steps are dropped, they will be redone."""
 
     def __init__(self, run: Path, from_step: int, report_to: tuple[str, ...]) -> None:
-        truncate_after(run / FILE, lambda row: row.get("step", 0) <= from_step)
+        truncate_after(run / FILE, up_to(from_step))
         self._lines = JsonLines(run / FILE)
         self._board: Any = None
         if "tensorboard" in report_to:

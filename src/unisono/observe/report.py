@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 from unisono.clock import MEANING, PHASES, STEP_PHASES
 from unisono.errors import UnisonoError
 from unisono.files import readable_bytes, replacing
-from unisono.observe.charts import MOST_POINTS, chart, line, series
+from unisono.observe.charts import own_times, peaks, run_charts, so_far
 from unisono.observe.compare import compare
 from unisono.observe.folder import NOTHING, Folder, Row, at, number, numbers, objects, short
 from unisono.observe.recorded import bandwidth, some_ranks, timeline
@@ -32,8 +31,6 @@ from unisono.observe.recorded import bandwidth, some_ranks, timeline
 PAGE = Path(__file__).parent / "page"
 MOST_RUNS = 8
 MOST_SAID = 40
-STILL = ("communication", "waiting", "imbalance", "data")
-"""What keeps a rank from computing in a step."""
 RARE = ("recomputation", "imbalance")
 """Phases that are shown only where there is any."""
 
@@ -84,7 +81,7 @@ def view(path: Path) -> Row:
         "advice": _advice(receipt),
         "batch": _batch_advice(receipt),
         "timeline": timeline(steps),
-        "charts": _charts(rows, ranks, config, plan, receipt, forecast, folder),
+        "charts": run_charts(rows, ranks, config, plan, receipt, forecast, folder),
         "result": _result(receipt, forecast),
         "memory": _memory(receipt),
         "forecast": _forecast(forecast, receipt),
@@ -160,7 +157,7 @@ def _tiles(
         flops = number(at(receipt, "mfu", "flops_per_second"))
         why = str(at(receipt, "mfu", "source") or "")
         tile("GFLOP/s a replica", flops and flops / 1e9, "{:,.1f}".format, f"no MFU: {why}")
-    memory = max(_peaks(receipt), default=None)
+    memory = max(peaks(receipt), default=None)
     foretold = number(forecast.get("memory_bytes"))
     note = f"forecast {readable_bytes(int(foretold))}" if foretold else "of the rank with most"
     tile("peak memory", memory, lambda v: readable_bytes(int(v)), note)
@@ -195,9 +192,9 @@ def _time(rows: list[Row], ranks: list[Row], receipt: Row) -> Row | None:
     by_rank = [numbers(r) for r in objects(receipt.get("seconds_by_rank"))]
     source = "the receipt: mean over ranks"
     if not by_rank:
-        by_rank, source = _so_far(ranks), "so far: mean over ranks"
+        by_rank, source = so_far(ranks), "so far: mean over ranks"
     if not by_rank:
-        by_rank, source = _so_far([_own(row) for row in rows]), "so far: rank 0"
+        by_rank, source = so_far([own_times(row) for row in rows]), "so far: rank 0"
     if not by_rank:
         return None
     seconds = {p: statistics.fmean(r.get(p, 0.0) for r in by_rank) for p in PHASES}
@@ -226,24 +223,6 @@ def _time(rows: list[Row], ranks: list[Row], receipt: Row) -> Row | None:
         ],
         "by_rank": _by_rank(by_rank),
     }
-
-
-def _so_far(rows: list[Row]) -> list[dict[str, float]]:
-    """Seconds by phase of every rank, all rows of `ranks.jsonl` added up."""
-    total: list[dict[str, float]] = []
-    for row in rows:
-        for rank, seconds in enumerate(objects(row.get("seconds"))):
-            if rank == len(total):
-                total.append(defaultdict(float))
-            for phase, s in numbers(seconds).items():
-                total[rank][phase] += s
-    return total
-
-
-def _own(row: Row) -> Row:
-    """Rank 0's own times, of a row of metrics, as `ranks.jsonl` has them."""
-    seconds = {p: s for p in PHASES if (s := number(row.get(f"time/{p}_s")))}
-    return {"step": row["step"], "seconds": [seconds] if seconds else []}
 
 
 def _by_rank(by_rank: list[dict[str, float]]) -> Row | None:
@@ -292,103 +271,16 @@ def _batch_advice(receipt: Row) -> list[str]:
     return [str(text) for text in lines] if isinstance(lines, list) else []
 
 
-def _noise(rows: list[Row]) -> list[list[float]]:
-    """[step, noise scale, low, high], only where the interval has both ends: else it is not known."""
-    names = [f"batch/noise_scale_{end}tokens" for end in ("", "low_", "high_")]
-    points = [[r["step"], *(number(r.get(n)) for n in names)] for r in rows]
-    known = sorted((p for p in points if None not in p), key=lambda p: p[0])
-    return [[x, *map(short, y)] for x, *y in known[:: math.ceil(len(known) / MOST_POINTS) or 1]]
-
-
-def _charts(
-    rows: list[Row], ranks: list[Row], config: Row, plan: Row, receipt: Row, forecast: Row,
-    folder: Folder,
-) -> list[Row]:  # fmt: skip
-    batch = (number(plan.get("global_batch_size")) or 0) * (
-        number(plan.get("sequence_length")) or 0
-    )
-    noise = _noise(rows)
-    if not noise:
-        folder.lacks(
-            "Gradient noise scale",
-            "no row of metrics.jsonl has it within bounds",
-            "it needs two replicas, or two micro-batches a step, and more steps",
-        )
-    most = max([number(r.get("perf/memory_bytes")) or 0 for r in rows] + _peaks(receipt), default=0)
-    unit, scale = ("GiB", 2**-30) if most >= 2**30 else ("MiB", 2**-20)
-    memory = series(rows, "perf/memory_bytes", scale)
-    if not memory:
-        folder.lacks(
-            "Memory over time",
-            "no row of metrics.jsonl has perf/memory_bytes",
-            "the plan below says what weights, gradients and optimizer take",
-        )
-    still, whose = _standing_still(ranks), "Mean over ranks."
-    if not still:
-        still, whose = _standing_still([_own(row) for row in rows]), "Rank 0 as it went."
-    marks = [
-        [r["step"], str(r["event"]).partition(": ")[2]]
-        for r in rows
-        if isinstance(r.get("event"), str)
-    ]
-    charts = [
-        chart("loss", "Loss", "nats a token", [
-            line("training", series(rows, "train/loss"), "a"),
-            line("held out", series(rows, "eval/loss"), "b", dots=True),
-        ], marks=marks),
-        chart("rate", "Learning rate", "", [line("learning rate", series(rows, "train/learning_rate"), "c")], zero=True, low=True),
-        chart("norm", "Gradient norm", "before clipping", [line("gradient norm", series(rows, "train/grad_norm"), "d")],
-              rules=[("clipped above", number(config.get("max_grad_norm")))], log=True, low=True, marks=marks),
-        chart("throughput", "Throughput", "tokens/s", [line("all replicas", series(rows, "perf/tokens_per_second"), "a")],
-              rules=[("forecast", number(forecast.get("tokens_per_second"))), ("mean", number(receipt.get("tokens_per_second")))], zero=True),
-        chart("exposed", "Not computing", "% of step time", [
-            line(phase, series(still, phase, 100), phase) for phase in STILL
-        ], zero=True, low=True, note=f"{whose} What none of them has is not drawn."),
-        chart("mfu", "Model FLOPs used", "%", [line("MFU", series(rows, "perf/mfu", 100), "a")], zero=True, low=True),
-        chart("noise", "Gradient noise scale", "tokens", [
-            line("noise scale", noise, "a"),
-            line("critical batch", series(rows, "batch/critical_tokens"), "b"),
-        ], rules=[("this batch", batch or None)], log=True,
-            note="Below the noise scale a larger batch still saves steps; far above it, it saves none. "
-                 "Band: where the noise scale lies with 95% certainty; a wide band says little."),
-        chart("memory", "Memory in use", f"{unit}, rank 0", [line("in use", memory, "a")], zero=True, low=True, rules=[
-            ("peak", max(_peaks(receipt), default=0) * scale),
-            ("forecast of the peak", (number(forecast.get("memory_bytes")) or 0) * scale),
-            ("model and optimizer", (number(plan.get("model_bytes")) or 0) * scale),
-        ]),
-    ]  # fmt: skip
-    return [c for c in charts if c]
-
-
-def _standing_still(rows: list[Row]) -> list[Row]:
-    """Rows of `ranks.jsonl` as shares of the time in steps, mean over ranks."""
-    found = []
-    for row in rows:
-        by_rank = _so_far([row])
-        total = {p: sum(r[p] for r in by_rank) for p in STEP_PHASES}
-        whole = sum(total.values())
-        if whole > 0:
-            found.append({"step": row["step"], **{p: total[p] / whole for p in STILL}})
-    ever = {k for row in found for k, v in row.items() if v}
-    return [{k: v for k, v in row.items() if k in ever} for row in found]
-
-
-def _peaks(receipt: Row) -> list[float]:
-    """Bytes of memory at most, by rank."""
-    found = receipt.get("memory_by_rank")
-    return [v for v in map(number, found) if v] if isinstance(found, list) else []
-
-
 def _memory(receipt: Row) -> Row | None:
     """Peaks by rank, of several."""
-    peaks = _peaks(receipt)
-    if len(peaks) < 2:
+    found = peaks(receipt)
+    if len(found) < 2:
         return None
-    kept = some_ranks(len(peaks), 16, lambda r: peaks[r])
-    note = f"{len(kept)} of {len(peaks)} ranks: those with most and least"
+    kept = some_ranks(len(found), 16, lambda r: found[r])
+    note = f"{len(kept)} of {len(found)} ranks: those with most and least"
     return {
-        "rows": [{"rank": r, "bytes": peaks[r], "text": readable_bytes(int(peaks[r]))} for r in kept],
-        "note": note if len(kept) < len(peaks) else "",
+        "rows": [{"rank": r, "bytes": found[r], "text": readable_bytes(int(found[r]))} for r in kept],
+        "note": note if len(kept) < len(found) else "",
     }  # fmt: skip
 
 

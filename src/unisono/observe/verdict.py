@@ -15,8 +15,10 @@ at once, whatever the run is doing:
 What may be innocent takes longer:
 
 - stopped: a rank's heartbeat is gone. On the same machine /proc tells a stopped process from one that
-  computes in a single call under the interpreter's lock (json, sorted), which is only slow. Of
-  another machine nobody can tell; silence has to be longer there, and outside of steps much longer.
+  computes in a single call under the interpreter's lock (json, sorted), which is only slow; a rank of that
+  machine that waits too tells all others.
+- silent: the same on a machine on which nobody else waits. Of that nobody can tell one from the other,
+  and so it is no hang but said for what it is; after longer, and outside of steps much longer.
 - slow: a rank is alive and has not begun what others wait for. Whether that is a hang nobody can know:
   who writes a checkpoint, evaluates, compiles, prepares data or loads a model is late for good reason.
   So it is information, given after LATE_S inside of a step, LATE_EARLY_S in the first steps (which
@@ -27,6 +29,7 @@ What may be innocent takes longer:
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 PATIENCE_S = 1.0
 """Standing still for less is nobody's business."""
@@ -99,6 +102,8 @@ class Record:
     """For how long the main thread has used no processor."""
     wait: Wait | None = None
     groups: dict[str, Progress] = field(default_factory=dict)
+    sees: dict[int, tuple[str, bool]] = field(default_factory=dict)
+    """Silent ranks of its own machine: /proc's letter for the state, and whether it computes."""
     ended: str | None = None
     """How its program has ended: OVER, LOST and by what, or the exception."""
 
@@ -107,21 +112,39 @@ class Record:
 
     @staticmethod
     def from_json(text: bytes) -> "Record | None":
-        """None where it is none."""
+        """None where it is none; every field has its type, and words are on one line."""
         try:
-            values = json.loads(text)
-            wait = values.pop("wait")
-            groups = {
-                key: Progress(
-                    tuple(map(int, g["ranks"])),
-                    int(g["issued"]),
-                    {int(s): (str(op), int(n), str(by)) for s, (op, n, by) in g["recent"].items()},
-                )
-                for key, g in values.pop("groups").items()
-            }
-            return Record(**values, wait=Wait(**wait) if wait else None, groups=groups)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            v = json.loads(text)
+            w, ended = v["wait"], v["ended"]
+            return Record(
+                beat=int(v["beat"]),
+                pid=int(v["pid"]),
+                machine=_words(v["machine"]),
+                host=_words(v["host"]),
+                phase=_words(v["phase"]),
+                stack=[_words(call) for call in v["stack"]],
+                idle_s=float(v["idle_s"]),
+                wait=Wait(
+                    _words(w["key"]), _words(w["group"]), _words(w["operation"]), int(w["sequence"]),
+                    int(w["payload_bytes"]), float(w["waited_s"]), bool(w["blocked"]),
+                ) if w else None,
+                groups={
+                    key: Progress(
+                        tuple(map(int, g["ranks"])),
+                        int(g["issued"]),
+                        {int(s): (_words(op), int(n), _words(by)) for s, (op, n, by) in g["recent"].items()},
+                    )
+                    for key, g in v["groups"].items()
+                },
+                sees={int(r): (_words(state), bool(computes)) for r, (state, computes) in v["sees"].items()},
+                ended=None if ended is None else _words(ended),
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
+
+
+def _words(value: Any) -> str:
+    return "".join(c if c.isprintable() else " " for c in str(value))
 
 
 OVER, LOST = "over", "lost: "
@@ -153,7 +176,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`kind`: failed, parted, circle, stopped, slow, store."""
+    """`kind`: failed, parted, circle, stopped, silent, slow, store."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -172,7 +195,7 @@ class Verdict:
 
 HEADLINE = {
     "failed": "lost", "parted": "desynchronized", "circle": "desynchronized", "stopped": "hang",
-    "store": "hang", "slow": "slow",
+    "silent": "silent", "store": "hang", "slow": "slow",
 }  # fmt: skip
 
 
@@ -259,17 +282,21 @@ def _stopped(me: int, seen: dict[int, Seen], final: bool) -> Verdict | None:
     # A silent rank's phase is that of its last heartbeat; the one that waits knows where it is now.
     inside = seen[me].record.phase in STEP
     found = {r: why for r, s in seen.items() if r != me and (why := _why_silent(s, inside, final))}
+    sure = [r for r in sorted(found) if seen[r].process != "?"]
     if not found:
         return None
-    first, *more = sorted(found)
+    first, *more = sure or sorted(found)
     known = seen[first]
-    also = f"; neither {'does' if len(more) == 1 else 'do'} {_ranks(more)}" if more else ""
-    text = (
-        f"rank {first} (process {known.record.pid} on {known.record.host}) does not run for "
-        f"{known.silent_s:.1f} s: {found[first]}; last seen in {_place(known.record)}{also}"
-        f"{_who_waits(seen)}"
+    who = f"rank {first} (process {known.record.pid} on {known.record.host})"
+    neither = f"; neither {'does' if len(more) == 1 else 'do'} {_ranks(more)}" if more else ""
+    after = f"{known.silent_s:.1f} s: {found[first]}; last seen in {_place(known.record)}{neither}"
+    if sure:
+        return Verdict(
+            "stopped", (first, *more), f"{who} does not run for {after}{_who_waits(seen)}"
+        )
+    return Verdict(
+        "silent", (first, *more), f"{who} gives no sign of life for {after}{_who_waits(seen)}"
     )
-    return Verdict("stopped", tuple(sorted(found)), text)
 
 
 def _why_silent(known: Seen, inside: bool, final: bool) -> str | None:
@@ -283,7 +310,8 @@ def _why_silent(known: Seen, inside: bool, final: bool) -> str | None:
     if known.computes or known.process == "R":
         return None
     if known.process == "?":
-        limit_s, why = SILENT_S, "stopped, swapping, in one long call, or its host is gone"
+        limit_s = SILENT_S
+        why = "in one long call that lets no other thread run, or stopped, or its host or network is gone"
     elif known.process == "D":
         limit_s, why = LATE_S, "waits for the disk or swap"
     else:
@@ -342,6 +370,8 @@ def _slow(me: int, seen: dict[int, Seen], late_s: float, final: bool) -> Verdict
         if not final and known.phase in ("checkpoint", "evaluation"):
             return None
         idle = f"without using the processor for {known.idle_s:.0f} s" if known.idle_s >= 1 else "computing"  # fmt: skip
+        if known.phase == "checkpoint":
+            idle = "which writes a checkpoint: raise timeout_s, or write to a faster disk"
         text = (
             f"rank {rank} has not reached {mine.wait}; it is in {_place(known)}, {idle}"
             f"{_who_waits(seen)}"

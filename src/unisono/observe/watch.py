@@ -47,6 +47,7 @@ from unisono.observe.verdict import (
     PATIENCE_S,
     SILENT_S,
     STEP,
+    STOPPED_S,
     Progress,
     Record,
     Seen,
@@ -119,6 +120,8 @@ class Watch:
         self._machine, self._host = _machine(), socket.gethostname()
         self._beat = 0
         self._seen: dict[int, _Beat] = {}
+        self._sees: dict[int, tuple[str, bool]] = {}
+        """What this rank sees of the silent ones of its machine, for those elsewhere."""
         self._gone_at: dict[int, float] = {}
         """When a rank's process was first found gone."""
         self._ran = time.monotonic()
@@ -177,7 +180,16 @@ class Watch:
         self._tape.write(key, entry.operation, entry.sequence, entry.payload_bytes)
 
     def why_lost(self) -> str:
-        """The peers that noticed first may not have said yet what they know, hence some patience."""
+        """The peers that noticed first may not have said yet what they know, hence some patience.
+
+        It never raises: that the others are lost must be told in any case.
+        """
+        try:
+            return self._why_lost()
+        except Exception as error:
+            return f"why is not known: the watch failed with {type(error).__name__}: {error}"
+
+    def _why_lost(self) -> str:
         deadline = time.monotonic() + LAST_LOOK_S
         while True:
             final = time.monotonic() > deadline
@@ -253,6 +265,7 @@ class Watch:
         self._longest_wait_s = max(self._longest_wait_s, self._waited_s)
         self._waited_s, self._said, self._found = 0.0, None, None
         self._known.clear()
+        self._sees = {}
         return line
 
     def _judge(self, seen: dict[int, Seen], final: bool = False) -> Verdict | None:
@@ -292,6 +305,7 @@ class Watch:
             idle_s=self._idle.seconds(self._back),
             wait=self._wait(),
             groups={p.key: self._progress(p) for p in list(self._here.positions.values())},
+            sees=self._sees,
         )
 
     def _wait(self) -> Wait | None:
@@ -346,7 +360,12 @@ class Watch:
             computes = used_s - beat.used_s > COMPUTES * silent_s
             record = replace(record, groups=self._from_tape(rank, record, mine))
             seen[rank] = Seen(record, silent_s, process, computes)
-        return seen
+        self._sees = {
+            r: (s.process, s.computes)
+            for r, s in seen.items()
+            if s.record.machine == self._machine and s.silent_s >= STOPPED_S
+        }
+        return _with_neighbours(seen)
 
     def _from_tape(self, rank: int, record: Record, mine: Record) -> dict[str, Progress]:
         """How far the rank is, up to this moment if it has a tape here."""
@@ -368,6 +387,22 @@ class Watch:
     def _to_stderr(self, line: str) -> None:
         with suppress(OSError):
             print(f"unisono [rank {self._board.rank}]: {line}", file=sys.stderr, flush=True)
+
+
+def _with_neighbours(seen: dict[int, Seen]) -> dict[int, Seen]:
+    """What cannot be seen of a rank from here, as a rank that runs on its machine says it is."""
+    told = {
+        (s.record.machine, rank): sight
+        for s in seen.values()
+        if s.silent_s < STOPPED_S
+        for rank, sight in s.record.sees.items()
+    }
+    found = dict(seen)
+    for rank, s in seen.items():
+        sight = told.get((s.record.machine, rank))
+        if s.process == "?" and s.silent_s >= STOPPED_S and sight:
+            found[rank] = replace(s, process=sight[0], computes=sight[1])
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,11 @@ Nothing is communicated between barriers, so this is what one rank computes whil
 caches and power with its neighbours. The weights are thrown away.
 """
 
-import ctypes
 import gc
-import re
-import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,12 @@ from torch import nn
 
 from unisono.config import Config
 from unisono.forecast.probe import ModelTimes
+from unisono.observe.environment import (
+    give_back_memory,
+    memory_bytes,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from unisono.observe.screen import Quiet
 from unisono.probe.rates import synchronize
 from unisono.sync.ledger import Group, Ledger
@@ -88,7 +90,6 @@ def time_model(mine: Own, group: Group, device: str) -> ModelTimes:
     params = [p for p in mine.model.parameters() if p.requires_grad]
     rows: list[tuple[float, float, float]] = []
     spent_s = 0.0
-    readable = False
     for k in range(MOST_STEPS + 2):
         group.barrier()
         times = [time.perf_counter()]
@@ -103,14 +104,14 @@ def time_model(mine: Own, group: Group, device: str) -> ModelTimes:
         synchronize(device)
         times.append(time.perf_counter())
         if k == 1:  # two to warm up: the first makes the optimizer's state
-            readable = _reset_peak(device)
+            reset_peak_memory(device)  # trials of larger micro-batches have left theirs
         if k < 2:
             continue
         rows.append((times[1] - times[0], times[2] - times[1], times[3] - times[2]))
         spent_s += float(group.each(times[3] - times[0]).max())
         if len(rows) >= LEAST_STEPS and spent_s > MOST_S:
             break
-    peak = _peak_bytes(device, readable)
+    peak = peak_memory_bytes(device)
     mine.loss().backward()
     grads = [p.grad for p in params if p.grad is not None]
     pack_s, narrow_s = (_pack_s(grads, dtype, device) for dtype in (None, torch.bfloat16))
@@ -169,11 +170,8 @@ def pass_of(mine: Own, device: str) -> Callable[[], None]:
 def held_bytes(device: str) -> int:
     """Of this process at present (GPU: of what it has allocated there)."""
     gc.collect()
-    if device != "cpu":
-        return torch.cuda.memory_allocated()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    return _status_bytes("VmRSS")
+    give_back_memory()
+    return memory_bytes(device)
 
 
 def _update(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -184,34 +182,6 @@ def _update(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Non
         step(optimizer, 0.0)
         for p in params:
             p.grad = None
-
-
-def _reset_peak(device: str) -> bool:
-    """Count the peak from here on; False where the kernel does not allow it."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        return True
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what trials of larger micro-batches have left
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return False
-    return True
-
-
-def _peak_bytes(device: str, readable: bool) -> int:
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    peak = _status_bytes("VmHWM") if readable else 0
-    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
-def _status_bytes(key: str) -> int:
-    with suppress(OSError):
-        status = Path("/proc/self/status").read_text()
-        if found := re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE):
-            return int(found[1]) << 10
-    return 0
 
 
 def stand_in(device: str) -> Callable[[], None]:

@@ -4,11 +4,15 @@ In its own documented best practice: gradients are views of its buckets, accumul
 no_sync, buckets of 25 MiB with a first one of 1 MiB. Buffers are not kept equal after the start. It averages over ranks with its own all-reduce,
 whose order of sums depends on the number of ranks, so strict mode refuses it. A step cannot be given
 up half-way: an exception on one rank ends the run.
+
+Its collectives do not pass the ledger, but how long this rank stands still is seen: DDP waits for them
+between the last gradient of the backward pass, when a hook of our own runs, and that pass's return. On a GPU
+nothing of that is seen by the host, and counts as compute.
 """
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -60,25 +64,30 @@ class DDP(Whole):
         )
         self.model = self._ddp
         self.parts = Parts("rank" if self._group.size > 1 else "half")
+        self._on_cpu = not any(p.is_cuda for p in self.params)
+        self._still_to_come = 0
+        """Gradients, in a backward pass that communicates."""
+        self._waiting = ExitStack()
+        # They run before the reducer's, which is none of a parameter but of its accumulator. All
+        # parameters are reached: DDP refuses anything else unless told to look for it.
+        for p in self.params if self._group.size > 1 else ():
+            p.register_post_accumulate_grad_hook(self._on_gradient)
 
     @contextmanager
     def micro_batch(self, last: bool = True) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch; only the `last` communicates."""
-        hooks = []
-        if last and self.parts.measuring and self.parts.kind == "rank":
-            # They run before the reducer's, which is none of a parameter but of its accumulator. All
-            # parameters are reached: DDP refuses anything else unless told to look for it.
-            hooks = [p.register_post_accumulate_grad_hook(self._measure) for p in self.params]
-        try:
-            with nullcontext() if last else self._ddp.no_sync():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self._still_to_come = len(self.params) if last else 0
+        with nullcontext() if last else self._ddp.no_sync(), self._waiting:
+            yield
 
-    def _measure(self, param: nn.Parameter) -> None:
+    def _on_gradient(self, param: nn.Parameter) -> None:
+        if not self._still_to_come:
+            return
         assert param.grad is not None
         self.parts.add(param.grad)
+        self._still_to_come -= 1
+        if not self._still_to_come and self._on_cpu:
+            self._waiting.enter_context(self.ledger.clock("waiting"))
 
     @torch.no_grad()
     def finish(self, *values: float) -> list[float]:

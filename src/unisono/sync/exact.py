@@ -71,6 +71,8 @@ class Exact(Whole):
         self._order: list[int] = []
         self._order_known = False
         self._learned: dict[str, Any] = {}
+        self._own_fault: str | None = None
+        """In the first step: the parameter in which what this rank sent was not finite."""
         self._last = True
         # Alone, without a tree, gradients are complete where autograd leaves them.
         self._alone = self.replicas == 1 and not leaves
@@ -146,9 +148,11 @@ class Exact(Whole):
     def blame(self) -> tuple[int, str] | None:
         """After `finish`: (rank, parameter) of a non-finite contribution that this rank received.
 
-        None after the first step, whose buckets are laid out anew, and with two replicas or one,
-        which receive no pieces.
+        After the first step, whose buckets are laid out anew, one that it sent. Else None with two
+        replicas, which receive no pieces, or one.
         """
+        if self._own_fault:
+            return self._control.rank, self._own_fault
         if self.replicas <= 2:
             return None
         for bucket in self._buckets:
@@ -224,6 +228,10 @@ class Exact(Whole):
                 bucket.tree.finish(bucket.flat)
             else:  # the step was given up half-way; what travels is not used
                 bucket.tree.reset()
+        if not self._num_sent:
+            self._own_fault = None
+        if not self._order_known:
+            self._look_at_own(bucket)
         if self.replicas <= 2:
             # One replica: nothing is sent. Two: the sum has one order, whoever computes it.
             bucket.scatter = bucket.gather = self._scatters.all_reduce(bucket.flat)
@@ -231,6 +239,12 @@ class Exact(Whole):
             assert bucket.received is not None
             bucket.scatter = self._scatters.all_to_all(bucket.received.view(-1), bucket.flat)
         self._num_sent += 1
+
+    def _look_at_own(self, bucket: Bucket) -> None:
+        """What this rank adds to the sum is not known afterwards; a look at it costs a pass over it."""
+        if self._own_fault is None and not torch.isfinite(bucket.flat).all():
+            i = bucket.index_at(int((~torch.isfinite(bucket.flat)).nonzero()[0]))
+            self._own_fault = "padding" if i is None else self.names[i]
 
     def _advance(self, wait: bool) -> None:
         """Sum and return the buckets whose pieces have arrived, always in the order of sending."""

@@ -4,12 +4,19 @@
 whoever uses it: a module its own, a parent its child's (nn.MultiheadAttention does), or user code.
 Module hooks would miss the last two. What runs outside of Python (TorchScript, C++ extensions) does
 not show; sync/zero.py finds it in the first step. Cost: 1 to 3 us for each torch function called from Python.
+
+What torch.compile has taken is not watched inside: a graph would break at every weight. A compiled module
+uses all of its weights when it is called; those of a compiled function are as unseen as TorchScript's.
 """
 
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
@@ -36,14 +43,42 @@ class Owner(Protocol):
 class Watch(TorchFunctionMode):
     """Tells `owner` of each use of a parameter; see above."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, model: nn.Module) -> None:
+        """Modules of `model` that torch.compile has taken tell too, until `close`."""
         super().__init__()
-        self._owner = owner
+        self._owner, self._entered = owner, False
+        self._calls = list(_compiled(model))
+        for module, name, call in self._calls:
+            module.__dict__[name] = self._telling(call, list(module.parameters()))
+
+    def _telling(self, call: Callable[..., Any], weights: list[Parameter]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not is_compiling() and self._entered:  # else it is part of a larger one
+                self._each(weights)
+            return call(*args, **kwargs)
+
+        return run
+
+    def close(self) -> None:
+        """Compiled modules are as they were."""
+        for module, name, call in self._calls:
+            module.__dict__[name] = call
+
+    def __enter__(self) -> "Watch":
+        self._entered = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered = False
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_compiling():
+            return func(*args, **kwargs)
         if func in ABOUT:
             return func(*args)
         if func is F.embedding:
@@ -63,6 +98,17 @@ class Watch(TorchFunctionMode):
                 self._owner.on_use(value)
             elif isinstance(value, tuple | list):
                 self._each(value)
+
+
+def _compiled(model: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
+    """Modules of torch.compile(module) and of module.compile(), and under which name their call is."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # seconds to import, and not needed before
+    for module in model.modules():
+        wraps = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+        name = "forward" if wraps else "_compiled_call_impl"
+        call = module.__dict__.get(name)
+        if call is not None:
+            yield module, name, call
 
 
 def _plain_lookup(

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from unisono.clock import Clock
 from unisono.errors import LostReplicas
@@ -193,7 +194,10 @@ class Group:
         timeout_s: float,
         existing: dist.ProcessGroup | None = None,
     ) -> None:
-        """Collective: makes a process group of all ranks, unless there is an `existing` one."""
+        """Collective: makes a process group of all ranks, unless there is an `existing` one.
+
+        That has `timeout_s` from here on; torch's own default is half an hour.
+        """
         self.name, self.ledger = name, ledger
         self.size, self.rank = dist.get_world_size(existing), dist.get_rank(existing)
         self._sequence = 0
@@ -204,6 +208,8 @@ class Group:
         if self.size > 1:
             with yielding_threads():
                 group = existing or dist.new_group(timeout=timedelta(seconds=timeout_s))
+            if existing is not None:
+                _set_pg_timeout(timedelta(seconds=timeout_s), existing)
             self._reference = weakref.ref(group)
             # torch gives a group the same name on all its ranks; disjoint ones may share one.
             ranks = tuple(dist.get_process_group_ranks(group))

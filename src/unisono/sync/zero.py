@@ -115,7 +115,7 @@ class Zero:
         """Of tables, until their rows are known: what both add up to has the norm."""
         self._index = {n: i for i, n in enumerate(self.names)}
         self._number = {id(p): i for i, p in enumerate(self.params)}
-        self._watch = Watch(self)
+        self._watch = Watch(self, model)
         self._hooks: list[Any] = []
         self._learned: dict[str, list[int]] = {}
         self._saved: Mapping[str, torch.Tensor] | None = None
@@ -322,6 +322,7 @@ class Zero:
         self.settle()
         if self._first:
             self._first.close()
+        self._watch.close()
         for hook in self._hooks:
             hook.remove()
         for group in (

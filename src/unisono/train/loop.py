@@ -21,12 +21,12 @@ from unisono.clock import PHASES, STEP_PHASES
 from unisono.config import Config
 from unisono.data import ledger as sample_ledger
 from unisono.errors import CheckpointError, Stopped
-from unisono.files import JsonLines, RunLock, truncate_after, write_json
+from unisono.files import JsonLines, RunLock, truncate_after, up_to, write_json
 from unisono.observe import goodput, metrics, timeline
-from unisono.observe.account import RANKS, Account, bytes_in_use
+from unisono.observe.account import RANKS, Account
 from unisono.observe.advice import advise
 from unisono.observe.arrival import Stamps
-from unisono.observe.environment import device_name, environment
+from unisono.observe.environment import device_name, environment, memory_bytes
 from unisono.observe.flops import Flops, count, find_peak
 from unisono.observe.metrics import Metrics
 from unisono.observe.receipt import (
@@ -219,11 +219,9 @@ class Log:
         if job.world.is_main:
             facts = environment(device=name, replicas=job.world.size, unisono=__version__)
             write_json(job.run / ENVIRONMENT, facts)
-            truncate_after(
-                job.run / timeline.FILE, lambda row: row.get("step", 0) <= self.first_step
-            )
+            truncate_after(job.run / timeline.FILE, up_to(self.first_step))
             self._rows = JsonLines(job.run / timeline.FILE)
-            truncate_after(job.run / RANKS, lambda row: row.get("step", 0) <= self.first_step)
+            truncate_after(job.run / RANKS, up_to(self.first_step))
             self._ranks = JsonLines(job.run / RANKS)
 
     @contextmanager
@@ -322,7 +320,7 @@ class Log:
 
     def _use(self, window: _Window) -> dict[str, float]:
         """Of memory, and of the peak where there is a known one."""
-        found = {"perf__memory_bytes": bytes_in_use(self.job.world.device)}
+        found = {"perf__memory_bytes": float(memory_bytes(self.job.world.device))}
         if self.peak.flops:
             length = self.job.plan.sequence_length
             done = self.flops.model(window.tokens // length, length) / window.seconds
