@@ -143,11 +143,13 @@ def test_a_compiled_part_trains_the_same_in_whole_graphs(eager: dict, how: str) 
     assert rest == [{}, True, False, []]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_what_runs_in_c_trains_the_same(eager: dict, tmp_path: Path) -> None:
     """Nothing of it is seen, as with TorchScript: the first step finds the function's weight."""
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    results = run_ranks(train, 2, "layers_and_function", "inductor", timeout=170, env=env)
+    results = run_ranks(train, 2, "layers_and_function", "inductor", timeout=380, env=env)
     [(weights, *rest)] = same(results)
     for name in eager:
         # Its kernels round otherwise; a weight of the step before is off by a thousand times as much.
