@@ -96,7 +96,7 @@ DOWNWARDS = {
     "data": {"errors", "files", "config", "data"},
     "model": {"errors", "model"},
     "generate": {"errors", "train.checkpoint"},
-    "replicas": {"errors", "sync", "observe.watch", "observe.noise"},
+    "replicas": {"errors", "sync", "observe"},
     "plan": {"errors", "config", "world", "train.scaling"},
     "forecast": {"errors", "config", "forecast"},
     "observe": {
