@@ -22,14 +22,18 @@ from unisono.data.tokenizer import check_vocabulary, load_tokenizer
 from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoError
 from unisono.files import write_json
 from unisono.forecast.probe import Probe
+from unisono.mesh import Divided, Mesh
 from unisono.model.load import load_model
+from unisono.observe.flops import Flops, count
 from unisono.observe.noise import Meter
 from unisono.observe.screen import Screen
-from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan
+from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan, mesh_of
 from unisono.sync import Strategy, broadcast_model, make_strategy
 from unisono.sync.digest import sha256_of_each
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.link import BUSY_S, Link, measure_link
+from unisono.sync.slices import Slices
+from unisono.sync.tensor import apply, divide
 from unisono.train import checkpoint, tuning
 from unisono.train.known import find_probe, link_of
 from unisono.train.objective import causal_lm
@@ -87,6 +91,8 @@ class Job:
     order: Order
     sync: Strategy
     plan: Plan
+    flops: Flops
+    """Of the whole model."""
     progress: Progress = field(default_factory=Progress)
     link: Link | None = None
     """As measured at the start, or by a probe; None where nothing was decided by it."""
@@ -148,6 +154,10 @@ def set_up(
     if config.sync != "sharded":  # which takes its part to the device
         model.to(world.device)
     broadcast_model(model, votes)
+    mesh = mesh_of(config, world.size)
+    division = attempt(votes, lambda: divide(model, mesh.tensor)) if mesh.tensor > 1 else None
+    if division and division.note:
+        screen.say(f"tensor: {division.note}", "dim")
 
     trained = [p for p in model.parameters() if p.requires_grad]
     facts = Facts(
@@ -156,6 +166,7 @@ def set_up(
         gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
         train_samples=len(train_blocks),
         eval_samples=len(eval_blocks),
+        divided=division.divided if division else Divided(),
     )
     strict = config.determinism == "strict"
     largest = largest_micro_batch(config, world)
@@ -164,7 +175,8 @@ def set_up(
     plan = make_plan(config, world, facts, min(rows, largest))
     probe = attempt(votes, lambda: find_probe(config, world, screen.warn), world.is_main)
     link = _link(config, world, votes, probe)
-    if link and plan.shard_optimizer and config.shard_optimizer == "auto":
+    # A pass that communicates is not what one rank does alone.
+    if link and plan.shard_optimizer and config.shard_optimizer == "auto" and mesh.inner == 1:
         run_rows = partial(_pass, config, world, model, train_blocks)
         timed = partial(seconds_of_pass, run_rows, plan.micro_batch_size, model, world.device)
         compute_s = attempt(votes, timed)
@@ -174,6 +186,10 @@ def set_up(
             facts = replace(facts, hides_whole=True)
             plan = make_plan(config, world, facts, min(rows, largest))
     plan, tuner = _buckets(facts, plan, link, votes, found, config, probe)
+    flops = count(model, config.gradient_checkpointing)
+    slices = Slices()
+    if division:
+        slices = apply(model, division, _tensor_group(mesh, ledger, config.timeout_s))
     sync = make_strategy(
         config.sync,
         model,
@@ -185,12 +201,13 @@ def set_up(
         wire=config.wire,
         tables=config.shard_optimizer is not True,
         layout=found.meta.get("layout") if found else None,
-        mesh=plan.mesh,
+        mesh=mesh,
+        slices=slices,
         timeout_s=config.timeout_s,
     )
     job = Job(
         config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
-        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, link=link, probe=probe, tuner=tuner,
+        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, flops, link=link, probe=probe, tuner=tuner,
     )  # fmt: skip
     if found and strict:
         _check_same_bits(found, plan, config)
@@ -209,6 +226,10 @@ def set_up(
     screen.plan(describe(job.plan, config, world, facts))
     attempt(votes, lambda: _write_plan(job), world.is_main)
     return job
+
+
+def _tensor_group(mesh: Mesh, ledger: Ledger, timeout_s: float) -> Group:
+    return Group("tensor", ledger, timeout_s, parts=mesh.groups("tensor"))
 
 
 def _link(config: Config, world: World, votes: Group, probe: Probe | None) -> Link | None:
@@ -333,9 +354,11 @@ def _pass(config: Config, world: World, model: torch.nn.Module, blocks: Blocks, 
 
 
 def own_samples(job: Job) -> list[int]:
-    """The samples of this rank in the step that is next."""
-    feed, m = job.feed, job.plan.accumulation
-    leaves = range(job.world.rank * m, (job.world.rank + 1) * m)
+    """The samples of this rank in the step that is next; each is one rank's, also where ranks share it."""
+    feed, mesh = job.feed, job.plan.mesh
+    if not mesh.leads(job.world.rank):
+        return []
+    leaves = job.plan.leaves(job.world.rank)
     return [int(s) for leaf in leaves for s in feed.samples(job.progress.step, leaf)]
 
 
@@ -383,8 +406,8 @@ def _find_checkpoint(
                 )
         if found:
             _check_same_run(config, found, data)
-            was = found.meta["replicas"]
-            change = "" if was == world.size else f", {was} replicas then, {world.size} now"
+            was, now = found.meta["replicas"], world.size
+            change = "" if was == now else f", {was} replicas then, {now} now"
             screen.say(f"resumed from {found.path} (step {found.step}{change})")
         return found
 
