@@ -724,8 +724,8 @@ def _bandwidth(rows: list[Row], probe: Row) -> Row | None:
 
 def _sent_of_whole(operation: str, n: int) -> float:
     """What the rank that sends most sends, over the whole tensor (sync/ledger.py)."""
-    if operation == "broadcast":
-        return n - 1
+    if operation in ("broadcast", "shift"):
+        return n - 1 if operation == "broadcast" else 1
     return (2 if operation == "all-reduce" else 1) * (n - 1) / n
 
 

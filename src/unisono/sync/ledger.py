@@ -7,7 +7,7 @@ second instrumentation. A group of one communicates nothing and records nothing.
 Bytes are those that this rank sends, S being the whole tensor and n the ranks of the group:
 all-to-all and reduce-scatter S (n-1)/n, with uneven rows those that go to others; all-gather of a chunk S/n: S (n-1)/n;
 all-reduce 2 S (n-1)/n (the least for any algorithm; gloo's own may send more); broadcast: S (n-1)
-from the source.
+from the source; shift: S.
 """
 
 import contextlib
@@ -155,6 +155,20 @@ class Handle:
         self._work = None
 
 
+@dataclass(frozen=True)
+class _Works:
+    """Several works of torch as one."""
+
+    works: list[Any]
+
+    def is_completed(self) -> bool:
+        return all(w.is_completed() for w in self.works)
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
 def _lost(where: str, here: Whereabouts, error: RuntimeError) -> LostReplicas:
     """gloo's own words without its source file and its guesses."""
     backend = re.sub(r"^\[/\S+\] ", "", str(error).splitlines()[0]).partition(". This is typ")[0]
@@ -288,6 +302,35 @@ class Group:
         to_other = [0, 0]
         to_other[1 - self.rank] = sent.numel()
         return self.all_to_all_rows(received.view(-1), sent.view(-1), to_other, to_other)
+
+    def shift(self, received: torch.Tensor, sent: torch.Tensor, by: int) -> Handle:
+        """Collective: `sent` goes `by` ranks on, `received` comes from as far behind; both contiguous.
+
+        Only the two ranks of a transfer meet. Their sizes may differ from other ranks'; where nothing
+        is sent, no message goes. `by` is the same on every rank.
+        """
+        to, source = (self.rank + by) % self.size, (self.rank - by) % self.size
+        if to == self.rank:
+            received.view(-1).copy_(sent.view(-1))
+        return self._issue(
+            "shift",
+            0 if to == self.rank else _nbytes(sent),
+            sent,
+            lambda: self._messages(received, sent, to, source),
+            alike=False,
+        )
+
+    def _messages(
+        self, received: torch.Tensor, sent: torch.Tensor, to: int, source: int
+    ) -> "_Works":
+        group, tag = self._group, self._sequence
+        messages = [(dist.irecv, received, source), (dist.isend, sent, to)]
+        operations = [
+            dist.P2POp(call, tensor, group=group, tag=tag, group_peer=peer)
+            for call, tensor, peer in messages
+            if tensor.numel() and peer != self.rank
+        ]
+        return _Works(dist.batch_isend_irecv(operations) if operations else [])
 
     def all_gather(self, whole: torch.Tensor, chunk: torch.Tensor) -> Handle:
         """Collective: `whole` becomes the chunks of all ranks in rank order."""
