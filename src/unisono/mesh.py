@@ -84,12 +84,11 @@ class Divided:
 
     values: int = 0
     """Trained ones that are divided, whole."""
-    forward: int = 0
-    """Values all-reduced for a token in the forward pass,"""
-    backward: int = 0
-    """and in the backward pass."""
-    gathered: int = 0
-    """All-gathered for a token in the forward pass, whole."""
+    sent: int = 0
+    """Values that cross for a token in a forward and backward pass: an all-reduce counts twice."""
+    again: int = 0
+    """Those of the layers' forward pass, which recomputation sends again, at most: it ends where nothing
+    more is needed."""
     shared: int = 0
     """float32 values all-reduced in each backward pass, whatever the tokens."""
 
@@ -97,6 +96,5 @@ class Divided:
         self, tokens: int, *, passes: int, width: int, ranks: int, recompute: bool
     ) -> int:
         """By each rank for `tokens` in `passes` micro-batches; `width`: bytes of an activation."""
-        reduced = self.forward * (2 if recompute else 1) + self.backward
-        values = tokens * (2 * reduced + self.gathered)
+        values = tokens * (self.sent + (self.again if recompute else 0))
         return (values * width + 8 * passes * self.shared) * (ranks - 1) // ranks

@@ -196,30 +196,33 @@ def _costs(
     """In numbers."""
     modules = dict(model.named_modules())
     trained = {id(params[n]): params[n] for n in cuts if params[n].requires_grad}
-    forward = backward = gathered = shared = 0
+    sent = again = shared = 0
     entered: set[str] = set()
     for name, style in styles.items():
         module: Any = modules.get(name)
         if module is None:
             continue
         block = name.rpartition(".")[0]
+        forward = backward = 0
         if style in _ENTER and block not in entered:
             entered.add(block)
-            backward += module.in_features
+            backward = 2 * module.in_features
         if style == "colwise_gather_output":
-            gathered += module.out_features
+            forward = module.out_features
         if style in _LEAVE:
-            forward += module.out_features
+            forward = 2 * module.out_features
+            backward = module.in_features if style == "rowwise_split_input" else 0
         if style == "embedding_rowwise":
-            forward += module.embedding_dim
+            forward = 2 * module.embedding_dim
         if style == "replicated_with_grad_allreduce":
             shared += sum(p.numel() for p in module.parameters(recurse=False))
         if style == "moe_tp_experts":
             config = model.config.get_text_config()
-            forward += config.hidden_size
-            backward += config.hidden_size + getattr(config, "num_experts_per_tok", 0)
-    values = sum(p.numel() for p in trained.values())
-    return Divided(values, forward, backward, gathered, shared)
+            forward = 2 * config.hidden_size
+            backward = 2 * (config.hidden_size + getattr(config, "num_experts_per_tok", 0))
+        sent += forward + backward
+        again += forward if ".layers." in f".{name}." else 0
+    return Divided(sum(p.numel() for p in trained.values()), sent, again, shared)
 
 
 # --- what crosses between ranks

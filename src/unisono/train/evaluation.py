@@ -54,7 +54,8 @@ def evaluate(
     `batch_rows`: what surely fits into memory, a micro-batch; MOST_ROWS at most are used.
     """
     mesh = mesh or Mesh(replica=group.size)
-    tells = mesh.tensor_rank(group.rank) == 0
+    # As in train/step.py.
+    tells, leads = mesh.tensor_rank(group.rank) == 0, mesh.leads(group.rank)
     rows = len(blocks) if most_rows is None else min(most_rows, len(blocks))
     size = min(MOST_ROWS, batch_rows)
     batches = math.ceil(rows / size)
@@ -81,7 +82,8 @@ def evaluate(
                     continue
                 if index < batches and tells:
                     sums[index] = loss
-                    sums[batches + index] = float((batch.labels[:, 1:] != NO_LABEL).sum())
+                    targets = (batch.labels[:, 1:] != NO_LABEL).sum()
+                    sums[batches + index] = float(targets) if leads else 0.0
     finally:
         model.train(was_training)
     *totals, ranks_without = group.sum(*sums, float(no_memory))

@@ -83,7 +83,8 @@ def take_step(
     """
     plan = feed.plan
     leaves = plan.leaves(votes.rank)
-    tells = plan.mesh.tensor_rank(votes.rank) == 0  # tensor ranks have the same losses
+    # Tensor ranks have the same losses, context ranks each a part; targets are counted once for all.
+    tells, leads = plan.mesh.tensor_rank(votes.rank) == 0, plan.mesh.leads(votes.rank)
     ballot = Ballot(period=stamps.period)
     clock = sync.ledger.clock
     slow = stamps.slowest_s > SLOW_STEP_S
@@ -115,7 +116,8 @@ def take_step(
                 loss.backward()
             if tells:
                 losses.append(loss.detach())
-                ballot.tokens.append(int((batch.labels[:, 1:] != NO_LABEL).sum()))
+                targets = int((batch.labels[:, 1:] != NO_LABEL).sum())
+                ballot.tokens.append(targets if leads else 0)
             sync.parts.after(k + 1, plan.accumulation, sync.local_gradients())
         except Exception as caught:
             if not sync.can_give_up:
