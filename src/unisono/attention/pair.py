@@ -308,9 +308,7 @@ def _chunks(span: Span, size: int) -> Iterator[Span]:
 
 
 def _rectangle(span: Span, causal: bool = False, mask: Tensor | None = None) -> Step:
-    return Step(
-        span.row, span.q0, span.q1 - span.q0, 1, span.k0, span.k1 - span.k0, causal, mask
-    )
+    return Step(span.row, span.q0, span.q1 - span.q0, 1, span.k0, span.k1 - span.k0, causal, mask)
 
 
 def _ends(span: Span) -> tuple[int, int, int, int]:
@@ -431,7 +429,11 @@ def _rows_of_tiles(mask: Mask, span: Span, tile: int, heads: int) -> Iterator[li
         for i in range(len(kinds)):
             a, b = int(q0[first + i]), int(q1[first + i])
             kind, key = kinds[i], keys[i]
-            if mask.pattern is not None and mask.pattern.visible is not None and not mask.pattern.relative:
+            if (
+                mask.pattern is not None
+                and mask.pattern.visible is not None
+                and not mask.pattern.relative
+            ):
                 kind = kind.copy()
                 for j in np.flatnonzero(kind == PARTIAL):
                     kind[j], _ = mask.tile(a, b, int(k0[j]), int(k1[j]), heads=heads, row=span.row)
@@ -471,7 +473,7 @@ def _runs(
                 joined.append(part.tolist())
         for part in joined:
             whole = bool((kinds[part] == FULL).all())
-            marks = tuple(int(x) for x in np.where(kinds[part] == FULL, -10**9, keys[part]))
+            marks = tuple(int(x) for x in np.where(kinds[part] == FULL, -(10**9), keys[part]))
             yield Run(q0, q1, int(k0[part[0]]), int(k1[part[-1]]), whole, () if whole else marks)
 
 
