@@ -16,8 +16,10 @@ Cost: `classify` takes O(1) a tile by interval arithmetic; only a tile that is p
 spelled out, as booleans of its own size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +61,7 @@ class Documents:
         starts = self.starts[row, start:stop]
         cuts = np.flatnonzero(np.diff(starts)) + 1
         edges = [0, *cuts.tolist(), len(starts)]
-        return [(int(starts[a]), start + a, start + b) for a, b in zip(edges, edges[1:]) if b > a]
+        return [(int(starts[a]), start + a, start + b) for a, b in pairwise(edges)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,8 @@ class Mask:
     documents: Documents | None = None
     origin: int = 0
     """Where the only document begins, for sinks and prefix; unused with `documents`."""
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What was worked out of this mask once, for all layers that share it (pair.py)."""
 
     def __post_init__(self) -> None:
         for name in ("window", "chunk"):

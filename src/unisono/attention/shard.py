@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from unisono.attention.mask import Documents
 from unisono.data.blocks import NO_LABEL, Batch, Int64Array
-
-Int32Array = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,9 @@ class Placement:
     def segments(self, rank: int) -> tuple[range, ...]:
         """What `rank` holds, in its own order: ascending ranges of positions that do not touch."""
         n = self.padded // (2 * self.size)
-        first, second = (rank, 2 * self.size - 1 - rank) if self.zigzag else (2 * rank, 2 * rank + 1)
+        first, second = (
+            (rank, 2 * self.size - 1 - rank) if self.zigzag else (2 * rank, 2 * rank + 1)
+        )
         if second == first + 1:
             return (range(first * n, (second + 1) * n),)
         return range(first * n, (first + 1) * n), range(second * n, (second + 1) * n)
@@ -77,9 +79,8 @@ class Shard:
     """The token to predict at each position, already shifted; -100 where none."""
     position_ids: Int64Array
     """Count from 0 in each document of the whole sequence."""
-    documents: Int32Array | None
-    """[n, padded]: the document of every token of the whole sequences, alike on all ranks of the
-    axis; None: one document and no padding."""
+    documents: Documents | None
+    """Of the whole sequences, [n, padded], alike on all ranks of the axis; None: each row is one."""
     target_tokens: int
     """Of the whole sequences. This rank's own are those of `targets` that are not -100."""
 
@@ -103,13 +104,6 @@ def shard(batch: Batch, placement: Placement, rank: int, padding: int = 0) -> Sh
         input_ids=placement.take(batch.input_ids, rank, padding),
         targets=placement.take(targets, rank, NO_LABEL),
         position_ids=placement.take(positions, rank, 0),
-        documents=documents_of(positions) if batch.packed or missing else None,
+        documents=Documents.of_positions(torch.from_numpy(positions)),
         target_tokens=int((targets != NO_LABEL).sum()),
     )
-
-
-def documents_of(position_ids: Int64Array) -> Int32Array:
-    """The document of every token, counted from 0 in each row, of positions that restart in each."""
-    begins = np.diff(position_ids, axis=-1, prepend=-2) != 1
-    begins[..., 0] = False
-    return begins.cumsum(axis=-1, dtype=np.int32)
