@@ -95,6 +95,15 @@ class MeshConfig(_Section):
     one host. exact, sharded."""
 
 
+class ContextConfig(_Section):
+    """How keys reach queries on other ranks, where `mesh.context` is more than 1."""
+
+    scheme: Literal["auto", "ring", "halo", "allgather", "ulysses", "usp"] = "auto"
+    """`auto`: by layer, whatever the cost model finds fastest on the measured link."""
+    ulysses: AtLeastOne | None = None
+    """usp: so many neighbours trade tokens for heads, and keys go around between such groups."""
+
+
 class Config(_Section):
     """Everything a user can ask of `unisono train`. Frozen; `Plan` holds what was decided."""
 
@@ -176,6 +185,8 @@ class Config(_Section):
     mesh: MeshConfig | None = None
     """How ranks divide into replica x shard x context x tensor; by default all are replicas (sharded: all
     shard)."""
+    context: ContextConfig = Field(default_factory=lambda: ContextConfig())
+    """How attention crosses the ranks of `mesh.context`."""
     bucket_mb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """exact: gradients travel in buckets of about this size (MiB). `auto`: chosen by the measured
     link, then tuned on the first steps of the run."""
@@ -383,5 +394,5 @@ def _fields_at(path: list[str]) -> list[str]:
 
 
 _ALL_FIELDS = {
-    name for s in (Config, DataConfig, TokenizerConfig, MeshConfig) for name in s.model_fields
+    name for s in (Config, DataConfig, TokenizerConfig, MeshConfig, ContextConfig) for name in s.model_fields
 }

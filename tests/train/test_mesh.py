@@ -42,8 +42,11 @@ def worst(found: dict, expected: dict) -> float:
 
 PAIRS = {
     "replica x shard": ("sharded", {"replica": 2, "shard": 2}),
+    "replica x context": ("exact", {"replica": 2, "context": 2}),
     "replica x tensor": ("exact", {"replica": 2, "tensor": 2}),
+    "shard x context": ("sharded", {"shard": 2, "context": 2}),
     "shard x tensor": ("sharded", {"shard": 2, "tensor": 2}),
+    "context x tensor": ("exact", {"context": 2, "tensor": 2}),
 }
 
 

@@ -20,7 +20,6 @@ Every rank must run the same modules in the same order, forward and backward.
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ from torch import nn
 
 from unisono.errors import ConfigError
 from unisono.mesh import Divided
-from unisono.sync.ledger import Group, Handle
+from unisono.sync.ledger import Group
 from unisono.sync.slices import Cut, Slices
 
 VOCABULARY = ("embedding_rowwise", "colwise_gather_output")
@@ -228,15 +227,6 @@ def _costs(
 # --- what crosses between ranks
 
 
-def _wait(handle: Handle, group: Group) -> None:
-    """Stand still until it is there. In a step's computation that is communication."""
-    clock = group.ledger.clock
-    inside = clock.phase in ("compute", "recomputation")
-    here: AbstractContextManager[None] = clock("communication") if inside else nullcontext()
-    with here:
-        handle.wait()
-
-
 class _Enter(torch.autograd.Function):
     """The same numbers on every rank; each uses them for its part, so gradients are summed."""
 
@@ -248,7 +238,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         total = gradient.clone(memory_format=torch.contiguous_format)
-        _wait(ctx.group.all_reduce(total), ctx.group)
+        ctx.group.all_reduce(total).wait()
         return total, None
 
 
@@ -258,7 +248,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
-        _wait(group.all_reduce(total), group)
+        group.all_reduce(total).wait()
         return total
 
     @staticmethod
@@ -273,7 +263,7 @@ def _own(x: torch.Tensor, group: Group) -> torch.Tensor:
 def _beside(x: torch.Tensor, group: Group) -> torch.Tensor:
     """The last dimensions of all ranks, in order."""
     every = x.new_empty(group.size, *x.shape)
-    _wait(group.all_gather(every, x.contiguous()), group)
+    group.all_gather(every, x.contiguous()).wait()
     return every.movedim(0, -2).flatten(-2)
 
 

@@ -35,6 +35,7 @@ from unisono.sync.link import BUSY_S, Link, measure_link
 from unisono.sync.slices import Slices
 from unisono.sync.tensor import apply, divide
 from unisono.train import checkpoint, tuning
+from unisono.train.context import Parts, make_parts
 from unisono.train.known import find_probe, link_of
 from unisono.train.objective import causal_lm
 from unisono.train.state import load_optimizer, optimizer_factory
@@ -93,6 +94,8 @@ class Job:
     plan: Plan
     flops: Flops
     """Of the whole model."""
+    parts: Parts | None = None
+    """Of sequences, where the context axis has several ranks."""
     progress: Progress = field(default_factory=Progress)
     link: Link | None = None
     """As measured at the start, or by a probe; None where nothing was decided by it."""
@@ -118,7 +121,13 @@ class Job:
         return _identity(self.prepared)
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
-        return causal_lm(self.sync.model, batch, self.world.device, self.config.bf16)
+        """Of `batch`, or of this rank's part of its sequences."""
+        model, device, bf16 = self.sync.model, self.world.device, self.config.bf16
+        if self.parts is None:
+            return causal_lm(model, batch, device, bf16)
+        part = self.parts.of(batch)
+        with self.parts.reaching(part):
+            return causal_lm(model, part, device, bf16)
 
 
 def set_up(
@@ -207,7 +216,7 @@ def set_up(
     )
     job = Job(
         config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
-        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, flops, link=link, probe=probe, tuner=tuner,
+        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, flops, parts, link=link, probe=probe, tuner=tuner,
     )  # fmt: skip
     if found and strict:
         _check_same_bits(found, plan, config)
