@@ -89,15 +89,14 @@ def needed(mask: Mask, placement: Placement, reader: int, owner: int) -> tuple[r
 
 
 @lru_cache(maxsize=64)
-def elsewhere(mask: Mask, placement: Placement) -> int:
-    """Keys of other ranks that one rank needs, or its own that others need: the most of all ranks."""
-    size = placement.size
-    table = np.zeros((size, size), np.int64)  # [reader, owner]
-    for reader in range(size):
-        for owner in range(size):
-            if reader != owner:
-                table[reader, owner] = sum(map(len, needed(mask, placement, reader, owner)))
-    return int(max(table.sum(0).max(), table.sum(1).max()))
+def elsewhere(mask: Mask, placement: Placement) -> tuple[int, int]:
+    """Keys of others that a rank needs, and its own that others need: on the rank with most of each."""
+    ranks = range(placement.size)
+    table = [
+        [sum(map(len, needed(mask, placement, r, o))) if r != o else 0 for o in ranks]
+        for r in ranks
+    ]
+    return max(map(sum, table)), max(map(sum, zip(*table)))
 
 
 def seen(mask: Mask, rows: range, length: int) -> list[range]:
