@@ -95,6 +95,7 @@ DOWNWARDS = {
     "sync": {"errors", "clock", "sync"},
     "data": {"errors", "files", "config", "data"},
     "model": {"errors", "model"},
+    "attention": {"errors", "config", "attention"},
     "generate": {"errors", "train.checkpoint"},
     "replicas": {"errors", "sync", "observe.watch", "observe.noise"},
     "plan": {"errors", "config", "world", "train.scaling"},

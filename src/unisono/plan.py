@@ -32,6 +32,8 @@ class Facts:
     gradient_bytes: int
     train_samples: int
     eval_samples: int
+    attention: tuple[str, str] | None = None
+    """Whose attention runs, and why (attention/choose.py)."""
     hides_whole: bool = False
     """Measured here: whole gradients travel in a small part of a step's compute, and memory is ample."""
 
@@ -108,6 +110,8 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
     reasons["sent_bytes_per_step"] = f"{facts.trainable / 1e6:.2f} M gradients, {config.sync}" + (
         f", {config.wire} on the wire" if config.wire != "float32" else ""
     )
+    if facts.attention:
+        reasons["attention"] = ": ".join(facts.attention)
     return Plan(
         replicas=n,
         global_batch_size=config.global_batch_size,
@@ -282,6 +286,7 @@ def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tup
         optimizer += f", betas {h.beta1:.3g} {h.beta2:.4g}"
     return [
         ("model", f"{facts.parameters / 1e6:.2f} M parameters", f"{facts.trainable / 1e6:.2f} M trained"),
+        *([("attention", *facts.attention)] if facts.attention else []),
         ("replicas", f"{plan.replicas} on {place}", f"sync {_sync(plan, config)}{threads}"),
         (
             "global batch",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
-import dense
+import exact
 import pytest
 import torch
 
@@ -85,7 +85,7 @@ def make(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
 
 def visible(case: Case, ids: torch.Tensor | None) -> torch.Tensor:
     fields = {k: v for k, v in case.mask.items() if k != "pattern"}
-    seen = dense.pairs(case.length, documents=ids, **fields)
+    seen = exact.pairs(case.length, documents=ids, **fields)
     if (pattern := case.mask.get("pattern")) is not None:
         blocks = (torch.arange(case.length) // pattern.block).numpy()
         seen = seen & torch.from_numpy(pattern.blocks(blocks[:, None], blocks[None, :]))
@@ -97,7 +97,7 @@ def whole(case: Case) -> dict[str, torch.Tensor]:
     tensors, ids = make(case)
     x = {n: t.double().requires_grad_(n != "dout") for n, t in tensors.items()}
     seen = visible(case, ids)
-    out = dense.attention(
+    out = exact.attention(
         x["q"], x["k"], x["v"], seen, scale=case.scale, softcap=case.softcap, sinks=x.get("sinks")
     )
     out.backward(x["dout"])

@@ -1,6 +1,6 @@
 """Which keys travel: all that the mask lets be seen, and for what is regular not one more."""
 
-import dense
+import exact
 import numpy as np
 import pytest
 import torch
@@ -32,7 +32,7 @@ STRIDED = Pattern("strided", 8, lambda q, k: (q - k) % 3 == 0)
 def test_what_travels_is_what_is_seen(name: str, packed: bool, size: int, zigzag: bool) -> None:
     ids = DOCUMENTS if packed else None
     mask = Mask(**MASKS[name], documents=Documents.of_ids(ids) if packed else None)
-    right = dense.pairs(LENGTH, documents=ids, **MASKS[name])[:, 0].any(0)
+    right = exact.pairs(LENGTH, documents=ids, **MASKS[name])[:, 0].any(0)
     placement = Placement(LENGTH, size, zigzag)
     for reader in range(size):
         queries = placement.positions(reader)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from unisono.attention.choose import Choice, choose
 from unisono.config import Config
 from unisono.data.blocks import Batch, Blocks
 from unisono.data.order import Order
@@ -132,7 +133,7 @@ def set_up(
     train_blocks, eval_blocks = prepared.blocks("train"), prepared.blocks("eval")
     found = _find_checkpoint(config, run, _identity(prepared), world, votes, screen)
 
-    def build_model() -> "PreTrainedModel":
+    def build_model() -> "tuple[PreTrainedModel, Choice]":
         model = load_model(
             str(found.path) if found else config.model,
             tokenizer,
@@ -141,10 +142,11 @@ def set_up(
             gradient_checkpointing=config.gradient_checkpointing,
         )
         check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
-        return model
+        return model, choose(model, config.attention, world.device)
 
-    model = attempt(votes, build_model)
-    assert model is not None
+    built = attempt(votes, build_model)
+    assert built is not None
+    model, attention = built
     if config.sync != "sharded":  # which takes its part to the device
         model.to(world.device)
     broadcast_model(model, votes)
@@ -156,6 +158,7 @@ def set_up(
         gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
         train_samples=len(train_blocks),
         eval_samples=len(eval_blocks),
+        attention=(attention.name, attention.reason),
     )
     strict = config.determinism == "strict"
     largest = largest_micro_batch(config, world)
