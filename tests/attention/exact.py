@@ -21,7 +21,7 @@ def pairs(
         near = torch.ones(length, length, dtype=torch.bool) if window is None else i - j < window
         seen = (j <= i) & (near | (j - begins < sinks)) | (j - begins < prefix)
         if chunk is not None:
-            seen = seen & (i // chunk == j // chunk)
+            seen = seen & ((i - begins[:, None]) // chunk == (j - begins) // chunk)
         rows.append(seen & (row[:, None] == row[None, :]))
     return torch.stack(rows)[:, None]
 

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from unisono.attention.context import Context
+from unisono.attention.context import attention as attend_across
 from unisono.attention.local import attend
 from unisono.attention.mask import Documents, Mask
 from unisono.attention.pattern import Pattern
@@ -84,6 +86,7 @@ class Pass:
     hook: "Hook"
     documents: Documents | None
     calls: Counter[nn.Module] = field(default_factory=Counter)
+    context: Context | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +122,9 @@ class Hook:
     """Descriptions without documents, kept over passes with their plans."""
     checked: set[Any] = field(default_factory=set)
     handles: list[Any] = field(default_factory=list)
+    context: Context | None = None
+    """Where sequences lie over several ranks: set before a pass, with the documents of its batch. The
+    pass then gets this rank's tokens (shard.py)."""
     native_leaks: bool = False
     """The model's own attention lets packed documents see one another."""
 
@@ -287,7 +293,7 @@ def _begin(hooked: Hook, kwargs: dict[str, Any]) -> None:
     documents = None
     if positions is not None and positions.dim() == 2 and positions.shape[1] > 1:
         documents = Documents.of_positions(positions)
-    _pass.set(Pass(hooked, documents))
+    _pass.set(Pass(hooked, documents, context=hooked.context))
 
 
 def _end(hooked: Hook) -> None:
@@ -326,19 +332,25 @@ def _mask(
         raise NotHooked("a mask was asked for outside of a forward pass of the hooked model")
     q_start, k_start = int(q_offset), int(kv_offset)
     whole = not q_start and not k_start and kv_length == q_length  # else a step of generation
-    documents = current.documents if whole else None
+    own = documents = current.documents if whole else None
     if attention_mask is not None and (padding := _padding(attention_mask)) is not None:
         documents = padding if documents is None else documents.cut(padding)
+    if (
+        current.context is not None
+    ):  # transformers' rule is tried on this rank's tokens by themselves
+        if attention_mask is not None:
+            raise NotHooked("attention_mask over several ranks; pack documents by position_ids")
+        documents = current.context.documents
     key = (local_size, q_length, kv_length, q_start, k_start)
     if documents is None and key in current.hook.static:
         return replace(current.hook.static[key], owner=current)
     span = (batch_size, q_start, q_start + q_length, k_start, k_start + kv_length)
     for mask in _candidates(local_size, config):
-        kind = (*key, mask.window, mask.chunk, documents is None)
+        kind = (*key, mask.window, mask.chunk, own is None)
         if kind in current.hook.checked:
             break
         # transformers forgets the documents when it is given a padding mask or a cache. We do not.
-        packed = replace(mask, documents=current.documents if whole else None)
+        packed = replace(mask, documents=own)
         if _agrees(packed, mask_function, span) or _agrees(mask, mask_function, span):
             current.hook.checked.add(kind)
             break
@@ -414,17 +426,19 @@ def _attention(
     if torch.is_autocast_enabled(device):
         kind = torch.get_autocast_dtype(device)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    out = attend(
-        query,
-        key,
-        value,
-        attention_mask.of(getattr(module, "layer_idx", None)),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        sinks=None if s_aux is None else s_aux.float(),
-        q_start=attention_mask.q_start,
-        k_start=attention_mask.k_start,
-    )
+    mask, context = (
+        attention_mask.of(getattr(module, "layer_idx", None)), attention_mask.owner.context
+    )  # fmt: skip
+    how = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": softcap,
+        "sinks": None if s_aux is None else s_aux.float(),
+    }
+    if context is None:
+        spans = {"q_start": attention_mask.q_start, "k_start": attention_mask.k_start}
+        out = attend(query, key, value, mask, **how, **spans)
+    else:
+        out = attend_across(query, key, value, mask, context, **how)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -161,7 +161,7 @@ def visible_pairs(mask: Mask, length: int) -> float:
     if mask.documents is not None:
         least = mask.documents.starts[:, :length].astype(np.int64)
     if mask.chunk is not None:
-        least = np.maximum(least, i // mask.chunk * mask.chunk)
+        least = least + (i - least) // mask.chunk * mask.chunk
     beyond: float | np.ndarray = 0
     if mask.window is not None:
         near = np.maximum(least, i - mask.window + 1)
