@@ -96,6 +96,7 @@ DOWNWARDS = {
     "sync": {"errors", "clock", "mesh", "sync"},
     "data": {"errors", "files", "config", "data"},
     "model": {"errors", "model"},
+    "attention": {"errors", "config", "attention"},
     "generate": {"errors", "train.checkpoint"},
     "replicas": {"errors", "sync", "observe.watch", "observe.noise"},
     "plan": {"errors", "config", "mesh", "world", "train.scaling"},

@@ -35,6 +35,8 @@ class Facts:
     eval_samples: int
     divided: Divided = field(default_factory=Divided)
     """What the tensor axis divides."""
+    attention: tuple[str, str] | None = None
+    """Whose attention runs, and why (attention/choose.py)."""
     hides_whole: bool = False
     """Measured here: whole gradients travel in a small part of a step's compute, and memory is ample."""
 
@@ -121,6 +123,8 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
     reasons["sent_bytes_per_step"] = f"{facts.trainable / 1e6:.2f} M gradients, {config.sync}" + (
         f", {config.wire} on the wire" if config.wire != "float32" else ""
     )
+    if facts.attention:
+        reasons["attention"] = ": ".join(facts.attention)
     return Plan(
         replicas=world.size,
         global_batch_size=config.global_batch_size,
@@ -357,6 +361,7 @@ def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tup
         optimizer += f", betas {h.beta1:.3g} {h.beta2:.4g}"
     return [
         ("model", f"{facts.parameters / 1e6:.2f} M parameters", f"{facts.trainable / 1e6:.2f} M trained"),
+        *([("attention", *facts.attention)] if facts.attention else []),
         ("replicas", f"{plan.replicas} on {place}", f"sync {_sync(plan, config)}{threads}"),
         *_mesh_row(plan),
         (

@@ -94,7 +94,9 @@ def verify(
         kind = "bf16" if config.bf16 else "float32"
         loss_bound, parameter_bound = LOSS_BOUND[kind], PARAMETER_BOUND[kind]
         rows = [
-            replace(_compare(count, result, results[0], strict, loss_bound, parameter_bound), mesh=mesh)
+            replace(
+                _compare(count, result, results[0], strict, loss_bound, parameter_bound), mesh=mesh
+            )
             for (count, mesh, _), result in zip(runs, results, strict=True)
         ]
     return Verdict(steps, strict, loss_bound, parameter_bound, rows)

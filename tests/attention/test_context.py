@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import exact
 import pytest
 import torch
 
-import dense
 from ranks import run_ranks
 from unisono.attention.context import Context, attention
 from unisono.attention.mask import Documents, Mask
@@ -85,7 +85,7 @@ def make(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
 
 def visible(case: Case, ids: torch.Tensor | None) -> torch.Tensor:
     fields = {k: v for k, v in case.mask.items() if k != "pattern"}
-    seen = dense.pairs(case.length, documents=ids, **fields)
+    seen = exact.pairs(case.length, documents=ids, **fields)
     if (pattern := case.mask.get("pattern")) is not None:
         blocks = (torch.arange(case.length) // pattern.block).numpy()
         seen = seen & torch.from_numpy(pattern.blocks(blocks[:, None], blocks[None, :]))
@@ -97,7 +97,7 @@ def whole(case: Case) -> dict[str, torch.Tensor]:
     tensors, ids = make(case)
     x = {n: t.double().requires_grad_(n != "dout") for n, t in tensors.items()}
     seen = visible(case, ids)
-    out = dense.attention(
+    out = exact.attention(
         x["q"], x["k"], x["v"], seen, scale=case.scale, softcap=case.softcap, sinks=x.get("sinks")
     )
     out.backward(x["dout"])
@@ -243,10 +243,16 @@ def test_bytes_are_the_formulas(size: int) -> None:
                     checked.add(scheme)
                 elif scheme == "halo":
                     assert sum(found["sent"]) <= sum(formula("ring", case, size, rank) or [0])
-            if scheme != "auto" and (case.zigzag or scheme != "halo"):
-                layer = Layer(2, *case.heads, *case.widths, case.dtype.itemsize, shared(case, Placement(case.length, size, case.zigzag)))  # fmt: skip
-                told = sent_bytes(scheme, layer, Placement(case.length, size, case.zigzag), 2)
-                assert list(told) == [max(r["sent"][k] for r in ranks) for k in (0, 1)], (name, scheme)  # fmt: skip
+            if scheme != "auto":
+                placement = Placement(case.length, size, case.zigzag)
+                b, mask = case.dtype.itemsize, shared(case, placement)
+                told = sent_bytes(
+                    scheme, Layer(2, *case.heads, *case.widths, b, mask), placement, 2
+                )
+                assert list(told) == [max(r["sent"][k] for r in ranks) for k in (0, 1)], (
+                    name,
+                    scheme,
+                )
     assert checked == ({"ring", "halo", "allgather"} | ({"ulysses", "usp"} if size > 1 else set()))
 
 
@@ -284,15 +290,8 @@ def changes(world, names: tuple[str, ...], token: int) -> dict[tuple[str, str], 
                 for t in x:
                     t[:, :, token] += change
                 own = [torch.nn.functional.pad(t, (0, 0, 0, missing))[:, :, at] for t in x]
-                outs.append(
-                    attention(
-                        *own,
-                        shared(case, placement),
-                        context,
-                        scale=case.scale,
-                        softcap=case.softcap,
-                    )  # fmt: skip
-                )
+                mask = shared(case, placement)
+                outs.append(attention(*own, mask, context, scale=0.25, softcap=case.softcap))
             moved = (outs[0] != outs[1]).any(dim=-1).any(dim=1)
             found[name, context.scheme] = [at[row].tolist() for row in moved]
     return found
@@ -370,6 +369,11 @@ def test_bfloat16_is_as_good_as_on_one_device(name: str) -> None:
                 assert together**0.5 <= 1.05 * error**0.5, (size, scheme, n)
 
 
+def two_layers(q, k, v, mask, context):
+    out = attention(q, k, v, mask, context, scale=0.25)
+    return attention(out, k, v, mask, context, scale=0.25)
+
+
 def checkpointed(world) -> list[tuple[bool, list[int]]]:
     from torch.utils.checkpoint import checkpoint
 
@@ -383,11 +387,8 @@ def checkpointed(world) -> list[tuple[bool, list[int]]]:
             x = [tensors[n][:, :, at].clone().requires_grad_() for n in ("q", "k", "v")]
             before = ledger.sent_bytes
 
-            def two_layers(*x):
-                y = attention(*x, mask, context, scale=0.25)
-                return attention(y, x[1], x[2], mask, context, scale=0.25)
-
-            out = checkpoint(two_layers, *x, use_reentrant=False) if again else two_layers(*x)
+            layers = partial(two_layers, mask=mask, context=context)
+            out = checkpoint(layers, *x, use_reentrant=False) if again else layers(*x)
             out.backward(tensors["dout"][:, :, at])
             grads.append((torch.cat([t.grad.flatten() for t in x]), ledger.sent_bytes - before))
         found.append((torch.equal(grads[0][0], grads[1][0]), [grads[0][1], grads[1][1]]))
@@ -402,19 +403,17 @@ def test_gradient_checkpointing_changes_no_bit() -> None:
 
 
 def refusals(world) -> list[str]:
-    case, messages = Case(heads=(6, 2)), []
     odd = Pattern("by-head", 16, visible=lambda i, j, h: j % 2 == h % 2, by_head=True)
-    tries = [
-        (case, "ulysses", Mask()),
+    tries = (
+        (Case(heads=(6, 2)), "ulysses", Mask()),
         (Case(), "ulysses", Mask(pattern=odd)),
         (Case(), "usp", Mask()),
-    ]
+    )
+    group, messages = Group("context", Ledger(), 60), []
     for case, scheme, mask in tries:
-        [context] = contexts(world, case, Ledger(), (scheme,)) or [None]
-        context = replace(context, inner=None, outer=None)
-        tensors, _ = make(case)
+        context = Context(group, Placement(case.length, world.size), scheme)
         at = torch.from_numpy(context.placement.positions(world.rank))
-        own = [tensors[n][:, :, at] for n in ("q", "k", "v")]
+        own = [make(case)[0][n][:, :, at] for n in ("q", "k", "v")]
         try:
             attention(*own, mask, context, scale=0.25)
             messages.append("")

@@ -143,10 +143,9 @@ def strategy_on(world, mesh: Mesh, name: str, kind: str, ledger: Ledger, **optio
     model = build(kind)
     group = Group("tensor", ledger, 60, parts=mesh.groups("tensor"))
     slices = apply(model, divide(model, mesh.tensor), group) if mesh.tensor > 1 else None
-    sync = make_strategy(
+    return make_strategy(
         name, model, ledger, optimizer=adamw, bucket_mb=0.01, mesh=mesh, slices=slices, timeout_s=60, **options,
     )  # fmt: skip
-    return sync
 
 
 def train(sync, world, mesh: Mesh, first: int, steps: int) -> list[float]:

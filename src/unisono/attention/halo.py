@@ -89,15 +89,14 @@ def needed(mask: Mask, placement: Placement, reader: int, owner: int) -> tuple[r
 
 
 @lru_cache(maxsize=64)
-def elsewhere(mask: Mask, placement: Placement) -> int:
-    """Keys of other ranks that one rank needs, or its own that others need: the most of all ranks."""
-    size = placement.size
-    table = np.zeros((size, size), np.int64)  # [reader, owner]
-    for reader in range(size):
-        for owner in range(size):
-            if reader != owner:
-                table[reader, owner] = sum(map(len, needed(mask, placement, reader, owner)))
-    return int(max(table.sum(0).max(), table.sum(1).max()))
+def elsewhere(mask: Mask, placement: Placement) -> tuple[int, int]:
+    """Keys of others that a rank needs, and its own that others need: on the rank with most of each."""
+    ranks = range(placement.size)
+    table = [
+        [sum(map(len, needed(mask, placement, r, o))) if r != o else 0 for o in ranks]
+        for r in ranks
+    ]
+    return max(map(sum, table)), max(map(sum, zip(*table)))
 
 
 def seen(mask: Mask, rows: range, length: int) -> list[range]:
@@ -107,23 +106,17 @@ def seen(mask: Mask, rows: range, length: int) -> list[range]:
     a batch, what any of them sees.
     """
     first, last = rows.start, rows.stop - 1
-    begins, begins_last, ends = {mask.origin}, {mask.origin}, length
-    if mask.documents is not None:
-        starts = mask.documents.starts
-        begins, begins_last = set(starts[:, first].tolist()), set(starts[:, last].tolist())
-        ends = max(int(np.searchsorted(row, row[last], side="right")) for row in starts)
-    low, high = min(begins), rows.stop if mask.causal else ends
-    least = low
-    if mask.window is not None:
-        low = max(low, first - mask.window + 1)
-    spans = [(low, high)]
-    if mask.window is not None:
-        spans += [(b, min(b + mask.sinks, high)) for b in begins]
-    spans += [(b, min(b + mask.prefix, ends)) for b in begins | begins_last]
-    if mask.chunk is not None:
-        least = max(least, first // mask.chunk * mask.chunk)
-        ends = min(ends, (last // mask.chunk + 1) * mask.chunk)
-    found = _common([range(a, b) for a, b in spans], [range(least, ends)])
+    found = []
+    for begin, begin_last, end in _documents(mask, first, last, length):
+        low, high = begin, rows.stop if mask.causal else end
+        if mask.chunk is not None:  # chunks are counted in their document
+            begin += (first - begin) // mask.chunk * mask.chunk
+            end = min(end, begin_last + ((last - begin_last) // mask.chunk + 1) * mask.chunk)
+        spans = [(low, high)]
+        if mask.window is not None:
+            spans = [(first - mask.window + 1, high), (low, min(low + mask.sinks, high))]
+        spans += [(b, b + mask.prefix) for b in (low, begin_last)]
+        found += _common([range(a, b) for a, b in spans], [range(begin, end)])
     if mask.pattern is None or mask.pattern.blocks is None:
         return found
     size = mask.pattern.block
@@ -131,6 +124,16 @@ def seen(mask: Mask, rows: range, length: int) -> list[range]:
     some = mask.pattern.blocks(blocks[0][:, None], blocks[1][None, :]).any(axis=0)
     edges = np.flatnonzero(np.diff(some, prepend=False, append=False)) * size
     return _common(found, [range(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2])])
+
+
+def _documents(mask: Mask, first: int, last: int, length: int) -> set[tuple[int, int, int]]:
+    """By rows of the batch: where the documents of `first` and of `last` begin, and where that ends."""
+    if mask.documents is None:
+        return {(mask.origin, mask.origin, length)}
+    return {
+        (int(row[first]), int(row[last]), int(np.searchsorted(row, row[last], side="right")))
+        for row in mask.documents.starts
+    }
 
 
 def _common(some: Iterable[range], others: Sequence[range]) -> list[range]:

@@ -3,14 +3,14 @@
 Position i (query) sees position j (key) of the same batch row where all of these hold:
 
 - documents: i and j lie in the same document;
-- chunk C:   i // C == j // C (Llama 4);
+- chunk C:   both in one chunk of C tokens (Llama 4), counted in the document;
 - pattern:   a block pattern says so (pattern.py);
 - and one of: j <= i, without `causal` always, and (window W) i - W < j, or j is one of the first
   `sinks` tokens of its document; or j is one of the first `prefix` tokens of its document.
 
 Positions are *global*, counted from the start of the row, so that any chunk of queries can be asked
-against any chunk of keys, on whichever rank they lie. Sinks and prefix are counted in the document
-(without documents: from `origin`), so that a packed document is masked as if it were alone.
+against any chunk of keys, on whichever rank they lie. Sinks, prefix and chunks are counted in the
+document (without documents: from `origin`), so that a packed document is masked as if it were alone.
 
 Cost: `classify` takes O(1) a tile by interval arithmetic; only a tile that is partial is ever
 spelled out, as booleans of its own size.
@@ -56,6 +56,10 @@ class Documents:
         where = np.where(new, np.arange(new.shape[1], dtype=np.int32), np.int32(0))
         return Documents(np.maximum.accumulate(where, axis=1))
 
+    def cut(self, other: "Documents") -> "Documents":
+        """Documents that end where those of either end."""
+        return Documents(np.maximum(self.starts, other.starts))
+
     def segments(self, row: int, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(document's start, from, to) of each document that has tokens in [start, stop) of a row."""
         starts = self.starts[row, start:stop]
@@ -79,7 +83,7 @@ class Mask:
     pattern: Pattern | None = None
     documents: Documents | None = None
     origin: int = 0
-    """Where the only document begins, for sinks and prefix; unused with `documents`."""
+    """Where the only document begins, for sinks, prefix and chunk; unused with `documents`."""
     plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     """What was worked out of this mask once, for all layers that share it (pair.py)."""
 
@@ -138,38 +142,60 @@ class Mask:
         self, q0: int, q1: int, k0: int, k1: int, *, heads: int = 1, row: int | None = None
     ) -> torch.Tensor:
         """Every pair of a tile: bool [B or 1, heads or 1, q1 - q0, k1 - k0], True is visible."""
-        i = torch.arange(q0, q1)[:, None]
-        j = torch.arange(k0, k1)[None, :]
-        offset, same = j - self.origin, None
+        of_q: int | torch.Tensor = self.origin
+        of_k: int | torch.Tensor = self.origin
         if self.documents is not None:
             starts = self.documents.starts[slice(None) if row is None else slice(row, row + 1)]
             of_q = torch.from_numpy(starts[:, q0:q1])[:, None, :, None]
             of_k = torch.from_numpy(starts[:, k0:k1])[:, None, None, :]
-            offset, same = j - of_k, of_q == of_k
-        seen = i >= j if self.causal else torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+        seen = self._seen(torch.arange(q0, q1)[:, None], torch.arange(k0, k1), of_q, of_k, heads)
+        seen = seen.expand(*torch.broadcast_shapes(seen.shape, (q1 - q0, k1 - k0)))
+        return seen.expand(*(1,) * (4 - seen.dim()), *seen.shape) if seen.dim() < 4 else seen
+
+    def sees(self, row: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        """Whether query i sees key j, pair by pair: bool [N] of three LongTensors [N]."""
+        of_q: int | torch.Tensor = self.origin
+        of_k: int | torch.Tensor = self.origin
+        if self.documents is not None:
+            starts = torch.from_numpy(self.documents.starts)
+            row = row if self.num_rows > 1 else torch.zeros_like(row)
+            of_q, of_k = starts[row, i], starts[row, j]
+        return self._seen(i, j, of_q, of_k, 1).expand(len(i))
+
+    def _seen(
+        self,
+        i: torch.Tensor,
+        j: torch.Tensor,
+        of_q: int | torch.Tensor,
+        of_k: int | torch.Tensor,
+        heads: int,
+    ) -> torch.Tensor:
+        """The rule itself, of positions and the starts of their documents, which all broadcast."""
+        offset = j - of_k
+        seen = i >= j if self.causal else torch.ones((), dtype=torch.bool)
         if self.window is not None:
             near = i - j < self.window
             seen = seen & (near | (offset < self.sinks) if self.sinks else near)
         if self.prefix:
             seen = seen | (offset < self.prefix)
         if self.chunk is not None:
-            seen = seen & (i // self.chunk == j // self.chunk)
-        if same is not None:
-            seen = seen & same
+            seen = seen & ((i - of_q) // self.chunk == offset // self.chunk)
+        if isinstance(of_q, torch.Tensor):
+            seen = seen & (of_q == of_k)
         if self.pattern is not None:
-            seen = seen & self._spell_pattern(self.pattern, i, j, heads)
-        return seen.expand(*(1,) * (4 - seen.dim()), *seen.shape) if seen.dim() < 4 else seen
+            seen = seen & self._seen_by_pattern(self.pattern, i, j, heads)
+        return seen
 
     @staticmethod
-    def _spell_pattern(
+    def _seen_by_pattern(
         pattern: Pattern, i: torch.Tensor, j: torch.Tensor, heads: int
     ) -> torch.Tensor:
-        seen = torch.ones(i.shape[0], j.shape[1], dtype=torch.bool)
+        seen = torch.ones((), dtype=torch.bool)
         if pattern.blocks is not None:
             near = pattern.blocks((i // pattern.block).numpy(), (j // pattern.block).numpy())
-            seen = torch.from_numpy(np.broadcast_to(near, seen.shape).copy())
+            seen = torch.from_numpy(np.asarray(near))
         if pattern.visible is not None:
-            head = torch.arange(heads if pattern.by_head else 1)[:, None, None]
+            head = torch.arange(heads)[:, None, None] if pattern.by_head else torch.zeros_like(j)
             seen = seen & pattern.visible(i, j, head)
         return seen
 
@@ -186,7 +212,7 @@ class Mask:
         a, b = q0[:, None].astype(np.int64), q1[:, None].astype(np.int64) - 1  # first and last
         c, d = k0[None, :].astype(np.int64), k1[None, :].astype(np.int64) - 1
         nothing, everything = np.False_, np.True_
-        low, high, apart, together = self._documents(q0, q1, k0, k1, row)
+        begin, low, high, apart, together = self._documents(q0, q1, k0, k1, row)
         past = Known(a >= d, b < c) if self.causal else Known(everything, nothing)
         near = Known(everything, nothing)
         if self.window is not None:
@@ -195,8 +221,8 @@ class Mask:
         prefix = Known(high < self.prefix, low >= self.prefix)
         chunk = Known(everything, nothing)
         if (size := self.chunk) is not None:
-            one = (a // size == b // size) & (c // size == d // size) & (a // size == c // size)
-            chunk = Known(one, (b // size < c // size) | (d // size < a // size))
+            w, x, y, z = ((p - begin) // size for p in (a, b, c, d))
+            chunk = Known(together & (w == x) & (y == z) & (w == y), together & ((x < y) | (z < w)))
         documents = Known(together, apart)
         pattern = self._pattern(a, b, c, d)
         fixed = chunk & documents & pattern
@@ -216,11 +242,13 @@ class Mask:
 
     def _documents(
         self, q0: np.ndarray, q1: np.ndarray, k0: np.ndarray, k1: np.ndarray, row: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(least, largest offset of a key in its document, surely other documents, surely one)."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(first query's document, least and largest offset of a key in its own, surely in other
+        documents, surely in one)."""
         if self.documents is None:
             none = np.zeros((1, 1), dtype=bool)
-            return k0[None, :] - self.origin, k1[None, :] - 1 - self.origin, none, ~none
+            begin = np.full((1, 1), self.origin)
+            return begin, k0[None, :] - self.origin, k1[None, :] - 1 - self.origin, none, ~none
         starts = self.documents.starts[row]
         q_first, q_last = starts[q0][:, None], starts[q1 - 1][:, None]
         k_first, k_last = starts[k0][None, :], starts[k1 - 1][None, :]
@@ -228,7 +256,7 @@ class Mask:
         low = np.where(one, k0[None, :] - k_first, 0)
         high = np.where(one, k1[None, :] - 1 - k_first, np.iinfo(np.int32).max)
         apart = (q_last < k_first) | (k_last < q_first)
-        return low, high, apart, one & (q_first == q_last) & (q_first == k_first)
+        return q_first, low, high, apart, one & (q_first == q_last) & (q_first == k_first)
 
     def _pattern(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> "Known":
         """What a block pattern says of tiles, from the blocks that they touch."""

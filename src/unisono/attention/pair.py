@@ -36,7 +36,7 @@ SMALL = 256
 """A pair of chunks up to this long is one tile: cutting would cost more than it spares."""
 SHORT = 128
 """Documents that are shorter on average are not worth calls of their own: they are masked in tiles."""
-LONG = 4
+LONG = 8
 """Full tiles in a run beyond which they are split from the partial ones, whose mask costs time."""
 BATCH_TOKENS = 8192
 """Queries of a band or gather that are computed at once: it bounds what is copied."""
@@ -75,25 +75,27 @@ def forward(
     k_start: int = 0,
     scale: float,
     softcap: float | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, Sq, Dv], lse [B, H, Sq]), float32 or wider, of these keys alone."""
+    """(out [B, H, Sq, Dv], lse [B, H, Sq]) of these keys alone.
+
+    float32 or wider; `whole`: there are no other keys, so out may be of q's type if nothing was merged.
+    """
     steps = plan(mask, q, k, q_start, k_start)
     run = partial(kernel.forward, scale=scale, softcap=softcap)
-    kind = wide(q)
+    kind = q.dtype if whole and all(s.fresh for s in steps) else wide(q)
     if (step := _whole(steps, q, k)) is not None:
         out, lse = run(q, k, v, causal=step.causal, mask=step.mask)
         return out.to(kind), lse
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=kind, device=q.device)
-    lse = torch.full(q.shape[:-1], -torch.inf, dtype=kind, device=q.device)
+    lse = torch.full(q.shape[:-1], -torch.inf, dtype=wide(q), device=q.device)
     for step in steps:
         for some in _batches(step, q.shape[0]):
             tiles = run(*_read(some, q, k, v), causal=some.causal, mask=some.mask)
-            for whole, tile in ((out, tiles[0]), (lse, tiles[1])) if some.fresh else ():
-                _write(some, whole, tile)
             if not some.fresh:
-                before = _queries(some, out), _queries(some, lse)
-                for whole, tile in zip((out, lse), kernel.merge(*before, *tiles)):
-                    _write(some, whole, tile)
+                tiles = kernel.merge(_queries(some, out), _queries(some, lse), *tiles)
+            _write(some, out, tiles[0])
+            _write(some, lse, tiles[1])
     return out, lse
 
 
@@ -110,14 +112,18 @@ def backward(
     k_start: int = 0,
     scale: float,
     softcap: float | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), float32 or wider: the share of these keys, by out and lse of whole rows."""
+    """(dq, dk, dv): the share of these keys, by out and lse of whole rows.
+
+    float32 or wider; `whole`: there are no other keys, so what was not added up may be of q's type.
+    """
     steps = plan(mask, q, k, q_start, k_start)
     run = partial(kernel.backward, scale=scale, softcap=softcap)
     kind = wide(q)
     if (step := _whole(steps, q, k)) is not None:
         dq, dk, dv = run(dout, q, k, v, out, lse, causal=step.causal, mask=step.mask)
-        return dq.to(kind), dk.to(kind), dv.to(kind)
+        return (dq, dk, dv) if whole else (dq.to(kind), dk.to(kind), dv.to(kind))
     dq, dk, dv = (torch.zeros(x.shape, dtype=kind, device=x.device) for x in (q, k, v))
     for step in steps:
         for some in _batches(step, q.shape[0]):
@@ -255,52 +261,44 @@ def _steps(mask: Mask, span: Span, heads: int) -> Iterator[Step]:
     """Steps of a span, in global positions."""
     if span.q1 <= span.q0 or span.k1 <= span.k0:
         return
-    small = max(span.q1 - span.q0, span.k1 - span.k0) <= SMALL
-    if mask.documents is not None and not small:
-        if span.row is None:
-            for row in range(mask.num_rows):
-                alone = row if mask.num_rows > 1 else None
-                yield from _row_steps(mask, replace(span, row=row), alone, heads)
-        else:
-            yield from _row_steps(mask, span, span.row, heads)
-        return
-    if mask.chunk is not None and not small:
-        for cut in _chunks(span, mask.chunk):
-            yield from _steps(replace(mask, chunk=None), cut, heads)
-        return
-    kind, seen = SKIP, None
-    if small or mask.pattern is None:
-        kind, _ = (int(x[0, 0]) for x in mask.classify(*_edges(span), row=span.row or 0)) if mask.documents is None else (PARTIAL, 0)  # fmt: skip
-        if kind == SKIP:
-            return
-        if kind == PARTIAL and small:
-            kind, seen = mask.tile(*_ends(span), heads=heads, row=span.row)
-            if kind == SKIP:
-                return
-        if kind != PARTIAL or small:
+    if max(span.q1 - span.q0, span.k1 - span.k0) <= SMALL:
+        kind, seen = mask.tile(*_ends(span), heads=heads, row=span.row)
+        if kind != SKIP:
             yield _rectangle(span, causal=kind == CAUSAL, mask=seen)
-            return
-    yield from _tiled(mask, span, heads)
+    elif mask.documents is not None:
+        alone = mask.num_rows > 1 and span.row is None
+        for row in range(mask.num_rows) if alone else (span.row,):
+            yield from _row_steps(mask, replace(span, row=row), heads)
+    elif mask.chunk is not None:
+        for cut in _chunks(span, mask.chunk, mask.origin):
+            yield from _steps(replace(mask, chunk=None), cut, heads)
+    elif mask.pattern is None and (kind := _kind(mask, span)) != PARTIAL:
+        if kind != SKIP:
+            yield _rectangle(span, causal=kind == CAUSAL)
+    else:
+        yield from _tiled(mask, span, heads)
 
 
-def _row_steps(mask: Mask, span: Span, row: int | None, heads: int) -> Iterator[Step]:
+def _kind(mask: Mask, span: Span) -> int:
+    return int(mask.classify(*(np.array([x]) for x in _ends(span)))[0][0, 0])
+
+
+def _row_steps(mask: Mask, span: Span, heads: int) -> Iterator[Step]:
     """A row's documents, each by itself, or masked in tiles if they are short."""
-    assert mask.documents is not None and span.row is not None
-    of_q = mask.documents.segments(span.row, span.q0, span.q1)
-    of_k = {s: (a, b) for s, a, b in mask.documents.segments(span.row, span.k0, span.k1)}
+    assert mask.documents is not None
+    row = span.row or 0  # of a mask with one row that is all rows': None
+    of_q = mask.documents.segments(row, span.q0, span.q1)
+    of_k = {s: (a, b) for s, a, b in mask.documents.segments(row, span.k0, span.k1)}
     if (span.q1 - span.q0) < SHORT * len(of_q):
-        for step in _tiled(mask, span, heads):
-            yield replace(step, row=row)
+        yield from _tiled(mask, span, heads)
         return
     for start, a, b in of_q:
         if start in of_k:
-            cut = Span(a, b, *of_k[start], span.row)
-            for step in _steps(mask.alone(start), cut, heads):
-                yield replace(step, row=row)
+            yield from _steps(mask.alone(start), Span(a, b, *of_k[start], span.row), heads)
 
 
-def _chunks(span: Span, size: int) -> Iterator[Span]:
-    for c in range(span.q0 // size * size, span.q1, size):
+def _chunks(span: Span, size: int, origin: int) -> Iterator[Span]:
+    for c in range((span.q0 - origin) // size * size + origin, span.q1, size):
         q0, q1 = max(c, span.q0), min(c + size, span.q1)
         k0, k1 = max(c, span.k0), min(c + size, span.k1)
         if k0 < k1:
@@ -313,10 +311,6 @@ def _rectangle(span: Span, causal: bool = False, mask: Tensor | None = None) -> 
 
 def _ends(span: Span) -> tuple[int, int, int, int]:
     return span.q0, span.q1, span.k0, span.k1
-
-
-def _edges(span: Span) -> list[np.ndarray]:
-    return [np.array([x]) for x in _ends(span)]
 
 
 def tile_of(mask: Mask) -> int:
@@ -373,31 +367,39 @@ def _bias(seen: Tensor, shared: bool) -> Tensor | None:
 
 
 def _full_steps(runs: list[Run], span: Span, tile: int) -> Iterator[Step]:
-    """Runs without a mask: joined where they are alike, else gathered by their number of tiles."""
-    left: dict[tuple[int, int], list[Run]] = {}
-    scattered: list[Run] = []
+    """Runs without a mask: what neighbours see alike is a rectangle, what is long is a band, and the
+    rest is gathered by the number of tiles."""
+    alike: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
-        left.setdefault((run.k0, run.k1), []).append(run)
-    for (k0, k1), same in left.items():
-        long = k1 - k0 > LONG * tile
+        alike.setdefault((run.k0, run.k1), []).append(run)
+    left: list[Run] = []
+    for (k0, k1), same in alike.items():
         for some in _adjacent(same):
-            q0, q1 = some[0].q0, some[-1].q1
             ragged = (k1 - k0) % tile or k0 % tile or any(r.q1 - r.q0 != tile for r in some)
-            if long or ragged or len(some) > LONG:
-                yield _rectangle(Span(q0, q1, k0, k1, span.row))
+            if ragged or len(some) > LONG:
+                yield _rectangle(Span(some[0].q0, some[-1].q1, k0, k1, span.row))
             else:
-                scattered += some
+                left += some
+    bands: dict[tuple[int, int], list[Run]] = {}
     tiles: dict[int, list[int]] = {}
-    for run in scattered:
-        tiles.setdefault(run.q0, []).extend(range(run.k0, run.k1, tile))
+    for run in sorted(left, key=lambda r: (r.q0, r.k0)):
+        if run.k1 - run.k0 > LONG * tile:
+            bands.setdefault((run.k0 - run.q0, run.k1 - run.k0), []).append(run)
+        else:
+            tiles.setdefault(run.q0, []).extend(range(run.k0, run.k1, tile))
+    for (_, length), same in bands.items():
+        for some in _adjacent(same):
+            yield Step(span.row, some[0].q0, tile, len(some), some[0].k0, length)
     by_count: dict[int, list[int]] = {}
     for q0 in sorted(tiles):
         by_count.setdefault(len(tiles[q0]), []).append(q0)
-    for starts in by_count.values():
-        q0, k0 = -(-span.q0 // tile) * tile, -(-span.k0 // tile) * tile
+    q0, k0 = -(-span.q0 // tile) * tile, -(-span.k0 // tile) * tile
+    for count, starts in by_count.items():
         queries = (torch.tensor(starts) - q0) // tile
         keys = (torch.tensor([tiles[s] for s in starts]) - k0) // tile
-        yield Step(span.row, q0, tile, len(starts), k0, 0, queries=queries, keys=keys)
+        yield Step(
+            span.row, q0, tile, len(starts), k0, count * tile, queries=queries, keys=keys
+        )  # fmt: skip
 
 
 def _adjacent(runs: list[Run]) -> Iterator[list[Run]]:
@@ -437,7 +439,9 @@ def _rows_of_tiles(mask: Mask, span: Span, tile: int, heads: int) -> Iterator[li
                 kind = kind.copy()
                 for j in np.flatnonzero(kind == PARTIAL):
                     kind[j], _ = mask.tile(a, b, int(k0[j]), int(k1[j]), heads=heads, row=span.row)
-            yield list(_runs(a, b, k0, k1, kind, key))
+            # What is full of a scattered pattern is gathered, so that only what is partial forms bands.
+            long = LONG if mask.pattern is None else 0
+            yield list(_runs(a, b, k0, k1, kind, key, long))
 
 
 def _within_reach(mask: Mask, q0: int, q1: int, k0: np.ndarray, k1: np.ndarray) -> np.ndarray:
@@ -451,9 +455,15 @@ def _within_reach(mask: Mask, q0: int, q1: int, k0: np.ndarray, k1: np.ndarray) 
 
 
 def _runs(
-    q0: int, q1: int, k0: np.ndarray, k1: np.ndarray, kinds: np.ndarray, keys: np.ndarray
+    q0: int,
+    q1: int,
+    k0: np.ndarray,
+    k1: np.ndarray,
+    kinds: np.ndarray,
+    keys: np.ndarray,
+    long: int,
 ) -> Iterator[Run]:
-    """Maximal runs of tiles that are not skipped; long stretches of full ones stand alone."""
+    """Maximal runs of tiles that are not skipped; more than `long` full ones stand alone."""
     seen = np.flatnonzero(kinds != SKIP)
     if not len(seen):
         return
@@ -463,22 +473,22 @@ def _runs(
             yield Run(q0, q1, int(k0[piece[0]]), int(k1[piece[-1]]), True, ())
             continue
         cuts = np.flatnonzero(np.diff(full)) + 1
-        parts = [p for p in np.split(piece, cuts)]
         joined: list[list[int]] = []
-        for part in parts:
-            alone = kinds[part[0]] == FULL and len(part) > LONG
-            if joined and not alone and not _long_full(kinds, joined[-1]):
-                joined[-1].extend(part.tolist())
+        for part in (p.tolist() for p in np.split(piece, cuts)):
+            if joined and not (
+                _long_full(kinds, part, long) or _long_full(kinds, joined[-1], long)
+            ):
+                joined[-1].extend(part)
             else:
-                joined.append(part.tolist())
+                joined.append(part)
         for part in joined:
             whole = bool((kinds[part] == FULL).all())
             marks = tuple(int(x) for x in np.where(kinds[part] == FULL, -(10**9), keys[part]))
             yield Run(q0, q1, int(k0[part[0]]), int(k1[part[-1]]), whole, () if whole else marks)
 
 
-def _long_full(kinds: np.ndarray, part: list[int]) -> bool:
-    return len(part) > LONG and bool((kinds[part] == FULL).all())
+def _long_full(kinds: np.ndarray, part: list[int], long: int) -> bool:
+    return len(part) > long and bool((kinds[part] == FULL).all())
 
 
 # --- steps made ready
@@ -486,11 +496,11 @@ def _long_full(kinds: np.ndarray, part: list[int]) -> bool:
 
 def _moved(step: Step, q_start: int, k_start: int, device: torch.device) -> Step:
     """In positions within the chunks, and with its tensors on the device."""
-    ready = {
-        name: None if (x := getattr(step, name)) is None else x.to(device)
-        for name in ("mask", "queries", "keys")
-    }
-    return replace(step, q0=step.q0 - q_start, k0=step.k0 - k_start, **ready)
+    mask, queries, keys = (
+        None if x is None else x.to(device) for x in (step.mask, step.queries, step.keys)
+    )
+    q0, k0 = step.q0 - q_start, step.k0 - k_start
+    return replace(step, q0=q0, k0=k0, mask=mask, queries=queries, keys=keys)
 
 
 def _freshness(steps: list[Step], rows: int, length: int) -> list[Step]:

@@ -90,8 +90,8 @@ def sent_bytes(
         n = (p - 1) * placement.held * kv
         return n * b, n * (b + wide)
     if scheme == "halo":
-        h = elsewhere(layer.mask, placement) * kv
-        return h * b, h * wide
+        taken, given = elsewhere(layer.mask, placement)
+        return given * kv * b, taken * kv * wide
     u = p if scheme == "ulysses" else inner or 1
     length = math.lcm(layer.kv_heads, u)
     traded = layer.rows * placement.held * (layer.heads + length) * widths * b * (u - 1) // u
@@ -140,7 +140,7 @@ def _possible(
         elif scheme == "allgather":
             yield scheme, f + r + 3 * a + (out + back) / w
         elif scheme == "halo":
-            if elsewhere(layer.mask, placement) <= placement.held:
+            if elsewhere(layer.mask, placement)[0] <= placement.held:
                 yield scheme, max(f, a + out / w) + max(r, a + back / w)
         elif u > 1 and layer.heads % u == 0 and not by_head:
             length, steps = math.lcm(layer.kv_heads, u), p // u
@@ -161,7 +161,7 @@ def visible_pairs(mask: Mask, length: int) -> float:
     if mask.documents is not None:
         least = mask.documents.starts[:, :length].astype(np.int64)
     if mask.chunk is not None:
-        least = np.maximum(least, i // mask.chunk * mask.chunk)
+        least = least + (i - least) // mask.chunk * mask.chunk
     beyond: float | np.ndarray = 0
     if mask.window is not None:
         near = np.maximum(least, i - mask.window + 1)
@@ -201,7 +201,7 @@ def _reason(
         return f"{sum(sent_bytes(scheme, layer, placement, inner)) / 1e6:,.2f} MB"
 
     what = {
-        "halo": f"a rank's queries see {elsewhere(layer.mask, placement):,} keys of other ranks",
+        "halo": f"a rank's queries see {elsewhere(layer.mask, placement)[0]:,} keys of other ranks",
         "ring": "keys go around behind attention",
         "ulysses": f"{layer.heads} query heads over {placement.size} ranks, four messages",
         "usp": f"heads over {inner} neighbours, keys around {placement.size // (inner or 1)}",

@@ -171,12 +171,15 @@ class Output:
     ) -> None:
         """Queries [B, Hq, n, D] at the positions `rows` see keys at `columns`."""
         k, v = kv.k, kv.v
+        # Kernels round their output to the inputs' type, here each piece's before it is merged. A CPU
+        # without bfloat16 matrix units takes as long in float32, and then only the sum is rounded.
+        kind = wide(q) if q.device.type == "cpu" else q.dtype
         for q_part, q0 in _parts(rows):
             for k_part, k0 in _parts(columns):
                 some, of_k, of_v = q[:, :, q_part], k[:, :, k_part], v[:, :, k_part]
                 if pair.plan(spec.mask, some, of_k, q0, k0):
                     piece = pair.forward(
-                        some, of_k, of_v, spec.mask, q_start=q0, k_start=k0,
+                        some.to(kind), of_k.to(kind), of_v.to(kind), spec.mask, q_start=q0, k_start=k0,
                         scale=spec.scale, softcap=spec.softcap,
                     )  # fmt: skip
                     _merge(self.out[:, :, q_part], self.lse[:, :, q_part], *piece)

@@ -32,21 +32,18 @@ def forward(
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=kind, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for rows in _tiles(q.shape[2]):
-            acc, top, total = None, None, None
+            tall = q.shape[0], q.shape[1], rows.stop - rows.start
+            acc = torch.zeros(*tall, v.shape[-1], dtype=kind, device=q.device)
+            total = torch.zeros(tall, dtype=kind, device=q.device)
+            top = torch.full_like(total, -torch.inf)
             for columns in _columns(rows, k.shape[2], causal):
                 s, _ = _scores(q, k, rows, columns, scale, causal, mask, softcap)
-                new = s.amax(-1) if top is None else torch.maximum(top, s.amax(-1))
+                new = torch.maximum(top, s.amax(-1))
                 safe = new.masked_fill(new == -torch.inf, 0)
                 p = s.sub_(safe[..., None]).exp_()
-                pv = _heads(_grouped(p, v) @ _part(v, columns), q)
-                if acc is None or top is None:
-                    acc, total = pv, p.sum(-1)
-                else:
-                    shrink = (top - safe).exp_()
-                    acc, total = acc * shrink[..., None] + pv, total * shrink + p.sum(-1)
-                top = new
-            if acc is None or top is None or total is None:
-                continue
+                shrink = (top - safe).exp_()
+                acc = acc * shrink[..., None] + _heads(_grouped(p, v) @ _part(v, columns), q)
+                total, top = total * shrink + p.sum(-1), new
             some = total > 0
             out[:, :, rows] = torch.where(some[..., None], acc / total[..., None], 0).to(out.dtype)
             lse[:, :, rows] = torch.where(some, top + total.log(), -torch.inf)

@@ -16,7 +16,7 @@ from unisono.attention.hf import Hook
 from unisono.attention.mask import Documents
 from unisono.attention.schemes import measure_speeds
 from unisono.attention.shard import Placement, Shard, shard
-from unisono.config import Config
+from unisono.config import AttentionConfig, Config
 from unisono.data.blocks import Batch
 from unisono.errors import ConfigError
 from unisono.mesh import Mesh
@@ -40,16 +40,32 @@ class Parts:
         documents = None
         if part.documents is not None:
             documents = Documents.of_ids(torch.from_numpy(part.documents))
-        with self.hook.across(replace(self.context, documents=documents)):
+        self.hook.context = replace(self.context, documents=documents)
+        try:
             yield
+        finally:
+            self.hook.context = None
+
+
+def asked_attention(config: Config, mesh: Mesh) -> str | AttentionConfig:
+    """What the run's attention must be: only ours crosses ranks. Raises ConfigError."""
+    if mesh.context > 1 and config.attention == "native":
+        raise ConfigError(
+            f"attention: found native with mesh.context: {mesh.context}, and a model's own attention sees "
+            f"this rank's tokens only; write attention: auto"
+        ).on_every_rank()
+    if mesh.context > 1 and config.attention == "auto":
+        return "flash"  # on a GPU too
+    return config.attention
 
 
 def make_parts(
-    config: Config, mesh: Mesh, hook: Hook, ledger: Ledger, device: str
+    config: Config, mesh: Mesh, hook: Hook | None, ledger: Ledger, device: str
 ) -> Parts | None:
     """Collective: the groups of the context axis; None where it has one rank. Raises ConfigError."""
     if mesh.context == 1:
         return None
+    assert hook is not None  # asked for by name, so it is there or was refused
     size, asked = mesh.context, config.context
     groups = mesh.groups("context")
     group = Group("context", ledger, config.timeout_s, parts=groups)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from unisono.attention.choose import Choice, choose
 from unisono.config import Config
 from unisono.data.blocks import Batch, Blocks
 from unisono.data.order import Order
@@ -35,7 +36,7 @@ from unisono.sync.link import BUSY_S, Link, measure_link
 from unisono.sync.slices import Slices
 from unisono.sync.tensor import apply, divide
 from unisono.train import checkpoint, tuning
-from unisono.train.context import Parts, make_parts
+from unisono.train.context import Parts, asked_attention, make_parts
 from unisono.train.known import find_probe, link_of
 from unisono.train.objective import causal_lm
 from unisono.train.state import load_optimizer, optimizer_factory
@@ -141,13 +142,14 @@ def set_up(
             "report_to: found 'tensorboard', which is not installed; "
             "pip install 'unisono[tensorboard]'"
         ).on_every_rank()
+    mesh = mesh_of(config, world.size)
     _same_threads(votes, screen)
     run = Path(config.output_dir)
     tokenizer, prepared = _prepare_data(config, world, screen, ledger, run)
     train_blocks, eval_blocks = prepared.blocks("train"), prepared.blocks("eval")
     found = _find_checkpoint(config, run, _identity(prepared), world, votes, screen)
 
-    def build_model() -> "PreTrainedModel":
+    def build_model() -> "tuple[PreTrainedModel, Choice]":
         model = load_model(
             str(found.path) if found else config.model,
             tokenizer,
@@ -156,14 +158,14 @@ def set_up(
             gradient_checkpointing=config.gradient_checkpointing,
         )
         check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
-        return model
+        return model, choose(model, asked_attention(config, mesh), world.device)
 
-    model = attempt(votes, build_model)
-    assert model is not None
+    built = attempt(votes, build_model)
+    assert built is not None
+    model, attention = built
     if config.sync != "sharded":  # which takes its part to the device
         model.to(world.device)
     broadcast_model(model, votes)
-    mesh = mesh_of(config, world.size)
     division = attempt(votes, lambda: divide(model, mesh.tensor)) if mesh.tensor > 1 else None
     if division and division.note:
         screen.say(f"tensor: {division.note}", "dim")
@@ -176,6 +178,7 @@ def set_up(
         train_samples=len(train_blocks),
         eval_samples=len(eval_blocks),
         divided=division.divided if division else Divided(),
+        attention=(attention.name, attention.reason),
     )
     strict = config.determinism == "strict"
     largest = largest_micro_batch(config, world)
@@ -195,6 +198,7 @@ def set_up(
             facts = replace(facts, hides_whole=True)
             plan = make_plan(config, world, facts, min(rows, largest))
     plan, tuner = _buckets(facts, plan, link, votes, found, config, probe)
+    parts = make_parts(config, mesh, attention.hook, ledger, world.device)
     flops = count(model, config.gradient_checkpointing)
     slices = Slices()
     if division:
