@@ -16,10 +16,10 @@ know alike, so all of them make the same.
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -149,6 +149,51 @@ def _possible(
             traded = out - (steps - 1) * kv * layer.value_bytes
             pieces = kv * layer.value_bytes, kv * (layer.value_bytes + max(4, layer.value_bytes))
             yield scheme, ring(steps, *pieces) + 4 * a + 2 * traded / w
+
+
+def explain(
+    layers: Sequence[Layer], placement: Placement, speeds: Speeds, inner: int | None = None
+) -> list[tuple[str, Choice]]:
+    """(which layers, how and why), for the plan: layers of the same mask together."""
+    found: dict[Layer, list[int]] = {}
+    for number, layer in enumerate(layers):
+        found.setdefault(layer, []).append(number)
+    return [
+        (f"{len(numbers)} of {len(layers)} layers", choose(layer, placement, speeds, inner))
+        for layer, numbers in found.items()
+    ]
+
+
+def layers_of(
+    config: Any, rows: int, value_bytes: int, narrow: Callable[[Mask, int], Mask] | None = None
+) -> list[Layer]:
+    """Attention of each layer of a transformers text config, for micro-batches of `rows` sequences.
+
+    `narrow`: what the user asks beyond the model (hf.Wish). Documents are not known before a batch.
+    """
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    alike = "sliding_attention" if window else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [alike] * config.num_hidden_layers
+    masks = {
+        "sliding_attention": Mask(window=window),
+        "chunked_attention": Mask(chunk=getattr(config, "attention_chunk_size", None)),
+    }
+    full, narrowed = Mask(), dict[tuple[Any, ...], Mask]()
+    layers = []
+    for number, kind in enumerate(kinds):
+        mask = masks.get(kind, full)
+        if narrow is not None:
+            mask = narrow(mask, number)
+        # One object for masks that are alike, as masks are compared by identity.
+        mask = narrowed.setdefault((mask.window, mask.sinks, mask.chunk, mask.pattern), mask)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        values = getattr(config, "v_head_dim", None) or width
+        layers.append(Layer(rows, heads, kv_heads, width, values, value_bytes, mask))
+    return layers
 
 
 def visible_pairs(mask: Mask, length: int) -> float:
