@@ -16,6 +16,7 @@ from unisono.attention.schemes import (
     choose,
     explain,
     layers_of,
+    measure_speeds,
     sent_bytes,
     visible_pairs,
 )
