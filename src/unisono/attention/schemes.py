@@ -18,7 +18,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -61,6 +60,11 @@ class Layer:
     value_bytes: int
     mask: Mask
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Everything but the mask."""
+        return self.rows, self.heads, self.kv_heads, self.width, self.value_width, self.value_bytes
+
     @staticmethod
     def of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> "Layer":
         return Layer(
@@ -99,7 +103,6 @@ def sent_bytes(
     return traded + ring * b, traded + ring * (b + wide)
 
 
-@lru_cache(maxsize=256)
 def choose(
     layer: Layer,
     placement: Placement,
@@ -107,12 +110,20 @@ def choose(
     inner: int | None = None,
     among: tuple[Scheme, ...] = SCHEMES,
 ) -> Choice:
-    """The fastest scheme for a layer, of `among` those that it allows. `inner`: U of usp, if it is set up."""
-    seconds = dict(_possible(layer, placement, speeds, inner, among))
-    assert seconds, among
-    least = min(seconds.values())
-    best = next(s for s in SCHEMES if s in seconds and seconds[s] <= CLOSE * least)
-    return Choice(best, _reason(best, layer, placement, inner, seconds), seconds)
+    """The fastest scheme for a layer, of `among` those that it allows. `inner`: U of usp, if it is set up.
+
+    Remembered with the mask, for the other layers of a pass.
+    """
+    key = ("choice", layer.sizes, placement, speeds, inner, among)
+    if key not in layer.mask.plans:
+        seconds = dict(_possible(layer, placement, speeds, inner, among))
+        assert seconds, among
+        least = min(seconds.values())
+        best = next(s for s in SCHEMES if s in seconds and seconds[s] <= CLOSE * least)
+        reason = _reason(best, layer, placement, inner, seconds)
+        layer.mask.plans[key] = Choice(best, reason, seconds)
+    found: Choice = layer.mask.plans[key]
+    return found
 
 
 def _possible(
