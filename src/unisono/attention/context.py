@@ -55,7 +55,7 @@ class Context:
             return choose(layer, self.placement, self.speeds or _GUESSED, inner)
         if self.scheme == "usp" and inner is None:
             raise ConfigError(
-                "context.scheme: found usp without ulysses; write ulysses: 2, or more"
+                "context.scheme: found usp without context.ulysses; write context.ulysses: 2"
             )
         ranks = self.placement.size if self.scheme == "ulysses" else inner
         if self.scheme in ("ulysses", "usp"):
