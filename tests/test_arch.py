@@ -96,7 +96,7 @@ DOWNWARDS = {
     "sync": {"errors", "clock", "mesh", "sync"},
     "data": {"errors", "files", "config", "data"},
     "model": {"errors", "model"},
-    "attention": {"errors", "config", "attention"},
+    "attention": {"errors", "config", "attention", "data.blocks", "sync.ledger", "sync.link"},
     "generate": {"errors", "train.checkpoint"},
     "replicas": {"errors", "sync", "observe.watch", "observe.noise"},
     "plan": {"errors", "config", "mesh", "world", "train.scaling"},

@@ -425,9 +425,9 @@ def refusals(world) -> list[str]:
 def test_what_a_scheme_cannot_do_is_refused_on_every_rank_with_the_remedy() -> None:
     for messages in run_ranks(refusals, 4):
         heads, by_head, usp = messages
-        assert "multiple of 4 query heads, found 6; write scheme: ring" in heads
+        assert "multiple of 4 query heads, found 6; write ring" in heads
         assert "pattern by-head differs by head; write ring" in by_head
-        assert "usp without ulysses" in usp
+        assert "usp without context.ulysses" in usp
 
 
 def leaves(world) -> str:

@@ -1,14 +1,27 @@
 """`auto` takes what the cost model says, and says why in numbers that are true."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from ranks import run_ranks
+from unisono.attention.hf import Wish
 from unisono.attention.mask import Documents, Mask
 from unisono.attention.pattern import Pattern
-from unisono.attention.schemes import Layer, Speeds, choose, sent_bytes, visible_pairs
+from unisono.attention.schemes import (
+    Layer,
+    Speeds,
+    choose,
+    explain,
+    layers_of,
+    measure_speeds,
+    sent_bytes,
+    visible_pairs,
+)
 from unisono.attention.shard import Placement
+from unisono.sync.ledger import Group, Ledger
 
 LAPTOP = Speeds(latency_s=1e-4, bytes_per_s=1e9, flops_per_s=5e10)
 NODE = Speeds(latency_s=2e-5, bytes_per_s=2e11, flops_per_s=3e14)
@@ -68,6 +81,20 @@ def test_the_reason_is_a_sentence_with_the_bytes_of_each_way() -> None:
         assert f"{sum(sent_bytes(scheme, window, placement)) / 1e6:,.2f} MB" in reason
 
 
+def test_a_model_of_two_kinds_of_layers_is_explained_in_two_lines() -> None:
+    from transformers import Gemma3TextConfig, GPT2Config, MistralConfig
+
+    gemma = Gemma3TextConfig(sliding_window=1024, num_hidden_layers=12)
+    (window, halo), (full, other) = explain(layers_of(gemma, 1, 2), Placement(65536, 4), LAPTOP)
+    assert (window, halo.scheme) == ("10 of 12 layers", "halo")
+    assert (full, other.scheme) == ("2 of 12 layers", "ring")
+    assert {x.mask.window for x in layers_of(MistralConfig(sliding_window=64), 1, 2)} == {64}
+    assert {x.mask.window for x in layers_of(GPT2Config(), 1, 4)} == {None}
+    narrow = layers_of(GPT2Config(), 1, 4, Wish(window=32, layers=(0, 1)))
+    assert [x.mask.window for x in narrow[:3]] == [32, 32, None]
+    assert len({id(x.mask) for x in narrow}) == 2
+
+
 def test_halo_sends_the_formula() -> None:
     window = replace(LLAMA, mask=Mask(window=1024))
     forward, backward = sent_bytes("halo", window, Placement(65536, 4))
@@ -82,3 +109,14 @@ def test_pairs_are_counted(fields: dict) -> None:
     ids = (torch.rand(3, 50) < 0.1).cumsum(1)
     packed = Mask(**fields, documents=Documents.of_ids(ids))
     assert visible_pairs(packed, 50) == pytest.approx(float(packed.spell(0, 50, 0, 50).sum()) / 3)
+
+
+def measured(world) -> Speeds:
+    return measure_speeds(Group("context", Ledger(), 60), "cpu")
+
+
+def test_all_ranks_measure_the_same() -> None:
+    first, *others = run_ranks(measured, 3)
+    assert first.latency_s > 0 < first.bytes_per_s < math.inf
+    assert first.flops_per_s > 1e8
+    assert all(other == first for other in others)

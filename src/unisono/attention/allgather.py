@@ -30,7 +30,6 @@ def backward(
 
     `found`: what `forward` returned.
     """
-    assert axis.group is not None
     size, placement = axis.size, axis.placement
     whole = _gathered(own, axis)
     total = Gradients(torch.zeros_like(q, dtype=wide(q)), whole.zeros())
@@ -40,14 +39,13 @@ def backward(
     for rank in range(size):
         places = [slice(s.start, s.stop) for s in placement.segments(rank)]
         sent[rank] = total.dkv.take(places).flat
-    received = torch.empty_like(sent) if size > 1 else sent
+    received = torch.empty_like(sent)
     axis.group.all_to_all(received, sent).wait()
     return total.dq, Pairs(received.sum(0), own.shape)
 
 
 def _gathered(own: Pairs, axis: Axis) -> Pairs:
     """Collective: keys and values of the whole sequence, in its order."""
-    assert axis.group is not None
     rows = own.flat.new_empty(axis.size, own.flat.numel())
     axis.group.all_gather(rows, own.flat).wait()
     whole = own.empty(axis.placement.padded)

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from unisono.attention import allgather, halo, ring
 from unisono.attention.kernel import sinks_gradient, with_sinks
+from unisono.attention.local import attend
 from unisono.attention.mask import Documents, Mask
 from unisono.attention.schemes import Choice, Layer, Scheme, Speeds, choose
 from unisono.attention.segments import Axis, Output, Pairs, Spec
@@ -53,7 +55,7 @@ class Context:
             return choose(layer, self.placement, self.speeds or _GUESSED, inner)
         if self.scheme == "usp" and inner is None:
             raise ConfigError(
-                "context.scheme: found usp without ulysses; write ulysses: 2, or more"
+                "context.scheme: found usp without context.ulysses; write context.ulysses: 2"
             )
         ranks = self.placement.size if self.scheme == "ulysses" else inner
         if self.scheme in ("ulysses", "usp"):
@@ -89,6 +91,8 @@ def attention(
     placement, group = context.placement, context.group
     assert group.size == placement.size, (group.size, placement.size)
     assert q.shape[2] == k.shape[2] == placement.held, (q.shape, k.shape, placement)
+    if placement.size == 1:
+        return attend(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
     spec = Spec(mask, scale, softcap)
     scheme = context.choice(Layer.of(q, k, v, mask)).scheme
     if scheme not in ("ulysses", "usp"):
@@ -105,7 +109,11 @@ def attention(
     if sinks is not None:
         sinks = sinks.view(inner.size, -1)[inner.rank]
     q, k, v = ToHeads.apply(inner, at, q, k, v)
-    out = _Across.apply(q, k, v, sinks, "ring", Axis(outer, together), spec)
+    if together.size == 1:
+        out = attend(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
+    else:
+        assert outer is not None
+        out = _Across.apply(q, k, v, sinks, "ring", Axis(outer, together), spec)
     return ToTokens.apply(inner, at, out)[0]
 
 
@@ -138,6 +146,7 @@ class _Across(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
         q, flat, out, lse, sinks, *flats = ctx.saved_tensors
         own, axis, spec, found = Pairs(flat, ctx.own), ctx.axis, ctx.spec, Output(out, lse)

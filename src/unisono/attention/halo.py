@@ -13,7 +13,6 @@ besides a rank's own: the keys received, which are kept for the backward pass.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -81,14 +80,20 @@ def _exchange(mask: Mask, axis: Axis, by: int) -> tuple[Segments, Segments]:
     return given, needed(mask, axis.placement, rank, (rank - by) % size)
 
 
-@lru_cache(maxsize=256)  # asked for by every layer, and forward and backward
 def needed(mask: Mask, placement: Placement, reader: int, owner: int) -> tuple[range, ...]:
-    """Positions of `owner`'s keys that some query of `reader` may see: ascending, disjoint."""
-    spans = [x for rows in placement.segments(reader) for x in seen(mask, rows, placement.padded)]
-    return tuple(_common(_union(spans), placement.segments(owner)))
+    """Positions of `owner`'s keys that some query of `reader` may see: ascending, disjoint.
+
+    Asked for by every layer, forward and backward, so it is remembered with the mask, like its plans.
+    """
+    key = ("needed", placement, reader, owner)
+    if key not in mask.plans:
+        rows = placement.segments(reader)
+        spans = _union(x for part in rows for x in seen(mask, part, placement.padded))
+        mask.plans[key] = tuple(_common(spans, placement.segments(owner)))
+    found: tuple[range, ...] = mask.plans[key]
+    return found
 
 
-@lru_cache(maxsize=64)
 def elsewhere(mask: Mask, placement: Placement) -> tuple[int, int]:
     """Keys of others that a rank needs, and its own that others need: on the rank with most of each."""
     ranks = range(placement.size)

@@ -16,10 +16,9 @@ know alike, so all of them make the same.
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -61,6 +60,11 @@ class Layer:
     value_bytes: int
     mask: Mask
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Everything but the mask."""
+        return self.rows, self.heads, self.kv_heads, self.width, self.value_width, self.value_bytes
+
     @staticmethod
     def of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> "Layer":
         return Layer(
@@ -99,7 +103,6 @@ def sent_bytes(
     return traded + ring * b, traded + ring * (b + wide)
 
 
-@lru_cache(maxsize=256)
 def choose(
     layer: Layer,
     placement: Placement,
@@ -107,12 +110,20 @@ def choose(
     inner: int | None = None,
     among: tuple[Scheme, ...] = SCHEMES,
 ) -> Choice:
-    """The fastest scheme for a layer, of `among` those that it allows. `inner`: U of usp, if it is set up."""
-    seconds = dict(_possible(layer, placement, speeds, inner, among))
-    assert seconds, among
-    least = min(seconds.values())
-    best = next(s for s in SCHEMES if s in seconds and seconds[s] <= CLOSE * least)
-    return Choice(best, _reason(best, layer, placement, inner, seconds), seconds)
+    """The fastest scheme for a layer, of `among` those that it allows. `inner`: U of usp, if it is set up.
+
+    Remembered with the mask, for the other layers of a pass.
+    """
+    key = ("choice", layer.sizes, placement, speeds, inner, among)
+    if key not in layer.mask.plans:
+        seconds = dict(_possible(layer, placement, speeds, inner, among))
+        assert seconds, among
+        least = min(seconds.values())
+        best = next(s for s in SCHEMES if s in seconds and seconds[s] <= CLOSE * least)
+        reason = _reason(best, layer, placement, inner, seconds)
+        layer.mask.plans[key] = Choice(best, reason, seconds)
+    found: Choice = layer.mask.plans[key]
+    return found
 
 
 def _possible(
@@ -149,6 +160,51 @@ def _possible(
             traded = out - (steps - 1) * kv * layer.value_bytes
             pieces = kv * layer.value_bytes, kv * (layer.value_bytes + max(4, layer.value_bytes))
             yield scheme, ring(steps, *pieces) + 4 * a + 2 * traded / w
+
+
+def explain(
+    layers: Sequence[Layer], placement: Placement, speeds: Speeds, inner: int | None = None
+) -> list[tuple[str, Choice]]:
+    """(which layers, how and why), for the plan: layers of the same mask together."""
+    found: dict[Layer, list[int]] = {}
+    for number, layer in enumerate(layers):
+        found.setdefault(layer, []).append(number)
+    return [
+        (f"{len(numbers)} of {len(layers)} layers", choose(layer, placement, speeds, inner))
+        for layer, numbers in found.items()
+    ]
+
+
+def layers_of(
+    config: Any, rows: int, value_bytes: int, narrow: Callable[[Mask, int], Mask] | None = None
+) -> list[Layer]:
+    """Attention of each layer of a transformers text config, for micro-batches of `rows` sequences.
+
+    `narrow`: what the user asks beyond the model (hf.Wish). Documents are not known before a batch.
+    """
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    alike = "sliding_attention" if window else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [alike] * config.num_hidden_layers
+    masks = {
+        "sliding_attention": Mask(window=window),
+        "chunked_attention": Mask(chunk=getattr(config, "attention_chunk_size", None)),
+    }
+    full, narrowed = Mask(), dict[tuple[Any, ...], Mask]()
+    layers = []
+    for number, kind in enumerate(kinds):
+        mask = masks.get(kind, full)
+        if narrow is not None:
+            mask = narrow(mask, number)
+        # One object for masks that are alike, as masks are compared by identity.
+        mask = narrowed.setdefault((mask.window, mask.sinks, mask.chunk, mask.pattern), mask)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        values = getattr(config, "v_head_dim", None) or width
+        layers.append(Layer(rows, heads, kv_heads, width, values, value_bytes, mask))
+    return layers
 
 
 def visible_pairs(mask: Mask, length: int) -> float:

@@ -29,17 +29,16 @@ Segments = Sequence[range]
 class Axis:
     """The ranks that hold a sequence together, and which holds what."""
 
-    group: Group | None
-    """None: one rank, which holds all."""
+    group: Group
     placement: Placement
 
     @property
     def size(self) -> int:
-        return self.placement.size
+        return self.group.size
 
     @property
     def rank(self) -> int:
-        return self.group.rank if self.group is not None else 0
+        return self.group.rank
 
     @property
     def own(self) -> Segments:
@@ -145,7 +144,6 @@ class Coming:
 
 def pass_on(axis: Axis, sent: Pairs, by: int = 1, tokens: int | None = None) -> Coming:
     """Collective: `sent` goes `by` ranks on; as much comes from as far behind, or `tokens`."""
-    assert axis.group is not None
     room = sent.empty(tokens)
     return Coming(room, sent, axis.group.shift(room.flat, sent.flat, by))
 

@@ -30,8 +30,8 @@ def repeats(heads: int, kv_heads: int, ranks: int) -> int:
     """How often each key head is repeated for `ranks`. Raises ConfigError: heads do not divide."""
     if heads % ranks:
         raise ConfigError(
-            f"attention: Ulysses over {ranks} ranks needs a multiple of {ranks} query heads, found "
-            f"{heads}; write scheme: ring"
+            f"context.scheme: ulysses over {ranks} ranks needs a multiple of {ranks} query heads, found "
+            f"{heads}; write ring"
         )
     return math.lcm(kv_heads, ranks) // kv_heads
 
