@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from unisono.config import Config, parse
 from unisono.errors import ConfigError
+from unisono.mesh import Divided, Mesh
 from unisono.observe.arrival import NAMES, Period
 from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan, with_micro_batch
 from unisono.train.scaling import Hyper, scale, warmup_steps
@@ -144,6 +145,27 @@ def test_bytes_and_memory_by_hand() -> None:
     # Whole gradients: from three replicas on the received pieces too.
     assert planned(2).model_bytes == 4000 + 3600 * 3
     assert planned(4).model_bytes == 4000 + 3600 * 4
+
+
+def test_meshes_divide_samples_bytes_and_memory() -> None:
+    plan = planned(4, mesh={"context": 2})
+    assert plan.mesh == Mesh(replica=2, context=2)
+    assert [list(plan.leaves(rank)) for rank in range(4)] == [
+        list(range(plan.accumulation * k, plan.accumulation * (k + 1))) for k in (0, 0, 1, 1)
+    ]
+    assert plan.sent_bytes_per_step == 2 * 3600 * 3 // 4  # context ranks are more ranks of the sum
+    assert planned(4, sync="sharded", mesh={"context": 2}).mesh == Mesh(shard=2, context=2)
+    both = planned(4, sync="sharded", mesh={"replica": 2, "context": 2})
+    assert both.mesh == Mesh(replica=2, context=2)
+    assert both.model_bytes == (4000 + 3600 * 3) // 2
+    # Half of 800 of the 900 trained values is elsewhere; activations cross for every token.
+    facts = replace(FACTS, divided=Divided(values=800, sent=12))
+    cut = planned(4, mesh={"tensor": 2}, facts=facts)
+    tokens = -(-cut.global_batch_size // 2) * cut.sequence_length
+    assert cut.across_bytes_per_step == tokens * 12 * 4 // 2
+    assert cut.sent_bytes_per_step == 2 * (3600 - 1600) // 2 + cut.across_bytes_per_step
+    assert cut.model_bytes == 4000 - 1600 + (3600 - 1600) * 3
+    assert "in 2 slices" in cut.reasons["mesh"]
 
 
 def test_the_optimizer_is_on_shards_where_that_pays() -> None:

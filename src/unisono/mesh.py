@@ -89,6 +89,8 @@ class Divided:
     again: int = 0
     """Those of the layers' forward pass, which recomputation sends again, at most: it ends where nothing
     more is needed."""
+    calls: int = 0
+    """Collectives of a forward and backward pass."""
     shared: int = 0
     """float32 values all-reduced in each backward pass, whatever the tokens."""
 

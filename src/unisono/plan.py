@@ -75,6 +75,8 @@ class Plan:
     """How the ranks divide."""
     sent_bytes_per_step: int
     """By each rank."""
+    across_bytes_per_step: int
+    """Of them, between ranks that share samples: activations, keys and values."""
     model_bytes: int
     """Weights, gradients, optimizer state and received gradients on each replica."""
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -117,7 +119,8 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
     warmup, reasons["warmup_steps"] = warmup_steps(config, hyper, steps)
     tenth = max(1, round(steps / 10))
     shard = _shard_optimizer(config, facts, mesh.holders, reasons)
-    sent = _sent_bytes(config, facts, mesh, leaves // mesh.data)
+    across = _across_bytes(config, facts, mesh, leaves // mesh.data)
+    sent = _sent_bytes(config, facts, mesh, leaves // mesh.data) + across
     memory = _memory_bytes(config, facts, mesh, shard)
     reasons["mesh"] = _why_mesh(mesh, config, world, facts)
     reasons["sent_bytes_per_step"] = f"{facts.trainable / 1e6:.2f} M gradients, {config.sync}" + (
@@ -143,6 +146,7 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
         bucket_mb=DEFAULT_BUCKET_MB if config.bucket_mb == "auto" else config.bucket_mb,
         mesh=mesh,
         sent_bytes_per_step=sent,
+        across_bytes_per_step=across,
         model_bytes=memory,
         reasons=reasons,
     )
@@ -263,7 +267,7 @@ def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, st
 
 
 def _sent_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> int:
-    """Gradients, weights and activations that each rank sends in a step; formulas in the strategies' files."""
+    """Gradients and weights that each rank sends in a step; formulas in the strategies' files."""
     n = mesh.holders
     size = facts.gradient_bytes - facts.off_rank(mesh) * _width(facts)
     if config.sync == "reference":
@@ -274,8 +278,13 @@ def _sent_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> 
         # Weights for each forward and each backward pass, gradients once.
         sent = size * (over - 1) // over * (2 * accumulation + 1)
         sent += 2 * size // over * (mesh.replica - 1) // mesh.replica
+    return sent
+
+
+def _across_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> int:
+    """What tensor ranks send each other in a step (sync/tensor.py)."""
     rows = math.ceil(config.global_batch_size / mesh.data)
-    return sent + facts.divided.sent_bytes(
+    return facts.divided.sent_bytes(
         rows * config.sequence_length // mesh.context,
         passes=accumulation,
         width=2 if config.bf16 else 4,
@@ -340,7 +349,11 @@ def _mesh_row(plan: Plan) -> list[tuple[str, str, str]]:
     """Where ranks share more than gradients."""
     if plan.mesh.shard * plan.mesh.inner == 1:
         return []
-    return [("mesh", str(plan.mesh), plan.reasons["mesh"])]
+    rows = [("mesh", str(plan.mesh), plan.reasons["mesh"])]
+    if "context" in plan.reasons:
+        scheme, _, why = plan.reasons["context"].partition(": ")
+        rows.append(("context", scheme, why))
+    return rows
 
 
 def _buckets(plan: Plan) -> list[tuple[str, str, str]]:

@@ -195,7 +195,7 @@ def _costs(
     """In numbers."""
     modules = dict(model.named_modules())
     trained = {id(params[n]): params[n] for n in cuts if params[n].requires_grad}
-    sent = again = shared = 0
+    sent = again = calls = shared = 0
     entered: set[str] = set()
     for name, style in styles.items():
         module: Any = modules.get(name)
@@ -215,13 +215,15 @@ def _costs(
             forward = 2 * module.embedding_dim
         if style == "replicated_with_grad_allreduce":
             shared += sum(p.numel() for p in module.parameters(recurse=False))
+            calls += 1
         if style == "moe_tp_experts":
             config = model.config.get_text_config()
             forward = 2 * config.hidden_size
             backward = 2 * (config.hidden_size + getattr(config, "num_experts_per_tok", 0))
         sent += forward + backward
+        calls += bool(forward) + bool(backward)
         again += forward if ".layers." in f".{name}." else 0
-    return Divided(sum(p.numel() for p in trained.values()), sent, again, shared)
+    return Divided(sum(p.numel() for p in trained.values()), sent, again, calls, shared)
 
 
 # --- what crosses between ranks

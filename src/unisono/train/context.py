@@ -5,21 +5,25 @@ rank's tokens with their positions, and its attention reaches the others (attent
 gradients of the parts are summed as those of any ranks are.
 """
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from unisono.attention.context import Context
 from unisono.attention.hf import Hook
-from unisono.attention.mask import Documents
-from unisono.attention.schemes import measure_speeds
+from unisono.attention.mask import Documents, Mask
+from unisono.attention.schemes import Layer, measure_speeds, sent_bytes
 from unisono.attention.shard import Placement, Shard, shard
 from unisono.config import AttentionConfig, Config
 from unisono.data.blocks import Batch
 from unisono.errors import ConfigError
 from unisono.mesh import Mesh
+from unisono.plan import Plan
 from unisono.sync.ledger import Group, Ledger
 
 
@@ -29,6 +33,28 @@ class Parts:
 
     context: Context
     hook: Hook
+    layers: tuple[Layer, ...]
+    """Each layer's attention over one sequence, on one rank, packed documents left out of account."""
+
+    def sent_bytes(self, rows: int, recompute: bool) -> int:
+        """By a rank for the attention of `rows` sequences, forward and backward."""
+        total = 0
+        for layer in self.layers:
+            scheme = self.context.choice(layer).scheme
+            inner = self.context.inner.size if self.context.inner else None
+            forward, backward = sent_bytes(scheme, layer, self.context.placement, inner)
+            total += forward * (2 if recompute else 1) + backward
+        return rows * total
+
+    def told(self) -> tuple[str, str]:
+        """(how many layers by which scheme, why), for the plan."""
+        choices = [self.context.choice(layer) for layer in self.layers]
+        count = Counter(choice.scheme for choice in choices)
+        names = ", ".join(f"{n} {'layer' if n == 1 else 'layers'} {s}" for s, n in count.items())
+        reasons = {choice.scheme: choice.reason for choice in choices}
+        return names, "; ".join(
+            f"{scheme}: {why}" if len(reasons) > 1 else why for scheme, why in reasons.items()
+        )
 
     def of(self, batch: Batch) -> Shard:
         """What this rank computes of a batch that every rank of the axis has."""
@@ -60,9 +86,17 @@ def asked_attention(config: Config, mesh: Mesh) -> str | AttentionConfig:
 
 
 def make_parts(
-    config: Config, mesh: Mesh, hook: Hook | None, ledger: Ledger, device: str
+    config: Config,
+    mesh: Mesh,
+    hook: Hook | None,
+    windows: Sequence[int],
+    ledger: Ledger,
+    device: str,
 ) -> Parts | None:
-    """Collective: the groups of the context axis; None where it has one rank. Raises ConfigError."""
+    """Collective: the groups of the context axis; None where it has one rank. Raises ConfigError.
+
+    `windows`: of the model's own layers, 0 where there is none.
+    """
     if mesh.context == 1:
         return None
     assert hook is not None  # asked for by name, so it is there or was refused
@@ -84,4 +118,35 @@ def make_parts(
     if asked.scheme == "auto":
         speeds = measure_speeds(group, device, torch.bfloat16 if config.bf16 else torch.float32)
     placement = Placement(config.sequence_length, size)
-    return Parts(Context(group, placement, asked.scheme, speeds, inner, outer), hook)
+    context = Context(group, placement, asked.scheme, speeds, inner, outer)
+    layers = tuple(_layers(config, mesh, hook, windows))
+    for layer in layers:
+        context.choice(layer)  # what cannot be is refused before the first step
+    return Parts(context, hook, layers)
+
+
+def with_context(plan: Plan, config: Config, parts: Parts) -> Plan:
+    """The plan with what attention sends across ranks, and why so."""
+    rows = math.ceil(plan.global_batch_size / plan.mesh.data)
+    more = parts.sent_bytes(rows, config.gradient_checkpointing)
+    reasons = {**plan.reasons, "context": ": ".join(parts.told())}
+    return replace(
+        plan,
+        sent_bytes_per_step=plan.sent_bytes_per_step + more,
+        across_bytes_per_step=plan.across_bytes_per_step + more,
+        reasons=reasons,
+    )
+
+
+def _layers(config: Config, mesh: Mesh, hook: Hook, windows: Sequence[int]) -> Iterator[Layer]:
+    model: Any = hook.model
+    fields = model.config.get_text_config()
+    heads = fields.num_attention_heads
+    kv_heads = getattr(fields, "num_key_value_heads", None) or heads
+    width = getattr(fields, "head_dim", None) or fields.hidden_size // heads
+    for number, window in enumerate(windows):
+        mask = hook.wish(Mask(window=window or None), number)
+        yield Layer(
+            1, heads // mesh.tensor, kv_heads // mesh.tensor, width,
+            getattr(fields, "v_head_dim", None) or width, 2 if config.bf16 else 4, mask,
+        )  # fmt: skip

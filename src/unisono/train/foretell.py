@@ -7,7 +7,8 @@ makes a step of them. At the end the measurement is written beside it; the forec
 touched again.
 """
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,24 +101,35 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     width = job.model.get_input_embeddings().weight.shape[-1]
     peak = int(votes.each(float(peak_memory_bytes(world.device))).max())
     probe = job.probe
+    mesh, system, across_s = plan.mesh, _system(job), 0.0
+    holders = mesh.holders
+    if system == "sharded":
+        if mesh.replica * mesh.tensor > 1 or mesh.context > 1:
+            return "sharded on a mesh of several axes is not foretold"
+        holders = mesh.shard
+    if mesh.inner > 1 and job.config.baseline_steps:
+        # Ranks that share samples: what one alone would take is not to be had.
+        compute_s, across_s = _shared_pass(job)
+        baseline, probe = Baseline(compute_s, compute_s), None
     passes, passes_from = _passes(job, baseline, probe, tensors, rate)
     if passes is None:
         return passes_from
+    if mesh.inner > 1:
+        passes_from = "micro-batches timed at the start, over the ranks that share them"
     per_core = max(1.0, world.local_size * (world.threads or 1) / cores())
     if probe:  # what it measured was shared already
         per_core /= max(1.0, probe.per_node * probe.threads / cores())
-    lanes, lanes_from = _lanes(probe, link, world.size, world.device, per_core)
-    system = _system(job)
-    shard = world.size
-    if system == "sharded" and plan.mesh.replica > 1:
-        return "sharded over several copies is not foretold"
-    if plan.mesh.inner > 1:
-        return "ranks that share samples are not foretold"
+    lanes, lanes_from = _lanes(probe, link, holders, world.device, per_core)
     step = foretell(
-        system, tensors, passes, lanes, shard,
+        system, tensors, passes, lanes, holders,
         wire_bytes=2 if job.config.wire == "bfloat16" else 4, bucket_bytes=plan.bucket_mb * 2**20,
         rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches, 0)) + Meter.TOLD,
     )  # fmt: skip
+    step = replace(
+        step,
+        communication=step.communication + plan.accumulation * across_s,
+        sent_bytes=step.sent_bytes + plan.across_bytes_per_step,
+    )
     alone_s = plan.accumulation * (passes.forward_s + passes.backward_s) + passes.optimizer_s
     if baseline:
         alone_s = plan.accumulation * baseline.alone_s + step.optimizer
@@ -129,6 +141,25 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
         peak + _state_bytes(job, tensors, system),
         {"pass": passes_from, "link": lanes_from},
     )
+
+
+def _shared_pass(job: Job) -> tuple[float, float]:
+    """Collective: (compute, exposed communication) seconds of a micro-batch, mean over ranks."""
+    rows = [k % len(job.train_blocks) for k in range(job.plan.micro_batch_size)]
+    batch, clock = job.train_blocks.read(rows), job.ledger.clock
+    found: list[tuple[float, float]] = []
+    for _ in range(job.config.baseline_steps + 1):
+        before = clock.read()
+        with clock("compute"), job.sync.micro_batch(last=False):
+            job.loss_sum(batch).backward()
+        job.sync.discard()
+        after = clock.read()
+        spent = [after.get(p, 0.0) - before.get(p, 0.0) for p in ("compute", "communication")]
+        found.append((spent[0], spent[1]))
+    warm = found[1:]
+    compute_s, across_s = (statistics.median(times) for times in zip(*warm, strict=True))
+    means = job.votes.each(compute_s, across_s).mean(dim=0).tolist()
+    return means[0], means[1]
 
 
 def _system(job: Job) -> System:

@@ -36,7 +36,7 @@ from unisono.sync.link import BUSY_S, Link, measure_link
 from unisono.sync.slices import Slices
 from unisono.sync.tensor import apply, divide
 from unisono.train import checkpoint, tuning
-from unisono.train.context import Parts, asked_attention, make_parts
+from unisono.train.context import Parts, asked_attention, make_parts, with_context
 from unisono.train.known import find_probe, link_of
 from unisono.train.objective import causal_lm
 from unisono.train.state import load_optimizer, optimizer_factory
@@ -198,8 +198,10 @@ def set_up(
             facts = replace(facts, hides_whole=True)
             plan = make_plan(config, world, facts, min(rows, largest))
     plan, tuner = _buckets(facts, plan, link, votes, found, config, probe)
-    parts = make_parts(config, mesh, attention.hook, ledger, world.device)
     flops = count(model, config.gradient_checkpointing)
+    parts = make_parts(config, mesh, attention.hook, flops.windows, ledger, world.device)
+    if parts:
+        plan = with_context(plan, config, parts)
     slices = Slices()
     if division:
         slices = apply(model, division, _tensor_group(mesh, ledger, config.timeout_s))
