@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from jobs import job_fields, write_corpus
 from ranks import run_ranks
