@@ -347,7 +347,8 @@ def _mask(
     span = (batch_size, q_start, q_start + q_length, k_start, k_start + kv_length)
     for mask in _candidates(local_size, config):
         kind = (*key, mask.window, mask.chunk, own is None)
-        if kind in current.hook.checked:
+        # On one of several ranks, transformers counts chunks from the wrong token.
+        if kind in current.hook.checked or (mask.chunk and current.context is not None):
             break
         # transformers forgets the documents when it is given a padding mask or a cache. We do not.
         packed = replace(mask, documents=own)

@@ -9,8 +9,8 @@ rate w, and the seconds f and r = 2.5 f that a rank computes forward and backwar
 - usp        ulysses over U neighbours, then a ring over P / U of U times as many tokens
 - allgather  f + a + (P-1) n/w and r + 2a + (P-1) (n+g)/w
 
-The least is chosen, an earlier one in the list below if it is within 5%. Halo only where the keys of
-others are no more than a rank's own, as it holds them all. The choice depends only on what all ranks
+The least is chosen, an earlier one in this list if it is within 5%. Halo only where the keys of others
+are fewer than a rank's own, as it keeps them for the backward pass. The choice depends only on what all ranks
 know alike, so all of them make the same.
 """
 
@@ -151,7 +151,7 @@ def _possible(
         elif scheme == "allgather":
             yield scheme, f + r + 3 * a + (out + back) / w
         elif scheme == "halo":
-            if elsewhere(layer.mask, placement)[0] <= placement.held:
+            if elsewhere(layer.mask, placement)[0] < placement.held:
                 yield scheme, max(f, a + out / w) + max(r, a + back / w)
         elif u > 1 and layer.heads % u == 0 and not by_head:
             length, steps = math.lcm(layer.kv_heads, u), p // u
