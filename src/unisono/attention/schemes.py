@@ -3,8 +3,8 @@
 For a layer, with P ranks, n keys and values of a rank in bytes (float32 gradients g), the link's latency a and
 rate w, and the seconds f and r = 2.5 f that a rank computes forward and backward:
 
-- ring       f/P + (P-1) max(f/P, a + n/w)  forward;  r/P + (P-1) max(r/P, 2a + (n+g)/w)  backward
 - halo       max(f, a + h/w) and max(r, a + (g/n) h/w), where h is what a rank's queries see elsewhere
+- ring       f/P + (P-1) max(f/P, a + n/w)  forward;  r/P + (P-1) max(r/P, 2a + (n+g)/w)  backward
 - ulysses    f + 2a + m/w and r + 2a + m/w, where m is what queries, keys, values and outputs weigh
 - usp        ulysses over U neighbours, then a ring over P / U of U times as many tokens
 - allgather  f + a + (P-1) n/w and r + 2a + (P-1) (n+g)/w
