@@ -37,8 +37,8 @@ SCHEMES = ("ring", "ulysses", "allgather")
 ROUNDS = 7
 TOKENS = 4096
 """Of a rank, where the number of ranks changes and nothing else."""
-BUDGET_MB = 512
-GRAIN = 256
+BUDGET_MB = 256
+GRAIN = 128
 
 
 def ranks(part: str, size: int, **what: Any) -> Any:
