@@ -81,12 +81,28 @@ class TokenizerConfig(_Section):
 
 
 class MeshConfig(_Section):
-    """Ranks of `sync: sharded`: `replica` copies of the model, each over `shard` ranks."""
+    """How the ranks divide: replica x shard x context x tensor; the product is all of them."""
 
-    replica: int = Field(1, ge=1)
-    """Copies of the model; their gradients are summed once a step."""
+    replica: AtLeastOne | Literal["auto"] = "auto"
+    """Copies of the model, on different samples; their gradients are summed once a step. `auto`: what
+    the other axes leave, and with an automatic `shard` 1."""
     shard: AtLeastOne | Literal["auto"] = "auto"
-    """Ranks that share one copy; `auto`: as many as there are."""
+    """sharded: ranks that share the weights of one copy, on different samples. `auto`: as many as the
+    other axes leave."""
+    context: AtLeastOne = 1
+    """Ranks that share each sequence, for sequences too long for one. exact, sharded."""
+    tensor: AtLeastOne = 1
+    """Ranks that share each weight matrix and compute on the same tokens; it divides the heads. Best on
+    one host. exact, sharded."""
+
+
+class ContextConfig(_Section):
+    """How keys reach queries on other ranks, where `mesh.context` is more than 1."""
+
+    scheme: Literal["auto", "ring", "halo", "allgather", "ulysses", "usp"] = "auto"
+    """`auto`: by layer, whatever the cost model finds fastest on the measured link."""
+    ulysses: AtLeastOne | None = None
+    """usp: so many neighbours trade tokens for heads, and keys go around between such groups."""
 
 
 class AttentionConfig(_Section):
@@ -207,7 +223,10 @@ class Config(_Section):
     wire: Literal["float32", "bfloat16"] = "float32"
     """exact: what travels. bfloat16 halves the bytes; sums and master weights stay float32."""
     mesh: MeshConfig | None = None
-    """sharded: how replicas divide into `replica` x `shard`; by default all of them shard."""
+    """How ranks divide into replica x shard x context x tensor; by default all are replicas (sharded: all
+    shard)."""
+    context: ContextConfig = Field(default_factory=lambda: ContextConfig())
+    """How attention crosses the ranks of `mesh.context`."""
     bucket_mb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """exact: gradients travel in buckets of about this size (MiB). `auto`: chosen by the measured
     link, then tuned on the first steps of the run."""
@@ -416,6 +435,6 @@ def _fields_at(path: list[str]) -> list[str]:
 
 _ALL_FIELDS = {
     name
-    for s in (Config, DataConfig, TokenizerConfig, MeshConfig, AttentionConfig)
+    for s in (Config, DataConfig, TokenizerConfig, MeshConfig, ContextConfig, AttentionConfig)
     for name in s.model_fields
 }

@@ -79,14 +79,18 @@ class Wish:
         return mask
 
 
-@dataclass
 class Pass:
-    """One forward pass of a hooked model: its documents, and how often each layer has called."""
+    """One forward pass of a hooked model: its documents, and how often each layer has called.
 
-    hook: "Hook"
-    documents: Documents | None
-    calls: Counter[nn.Module] = field(default_factory=Counter)
-    context: Context | None = None
+    No dataclass: FSDP looks for tensors in those that a layer is given, and from here it would find
+    the whole model, over and over.
+    """
+
+    def __init__(
+        self, hook: "Hook", documents: Documents | None, context: Context | None = None
+    ) -> None:
+        self.hook, self.documents, self.context = hook, documents, context
+        self.calls: Counter[nn.Module] = Counter()
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import CodeType
@@ -206,10 +206,22 @@ class Group:
         ledger: Ledger,
         timeout_s: float,
         existing: dist.ProcessGroup | None = None,
+        parts: Sequence[Sequence[int]] = (),
     ) -> None:
-        """Collective: makes a process group of all ranks, unless there is an `existing` one."""
+        """Collective: makes a process group of all ranks, unless there is an `existing` one.
+
+        With `parts`, lists of ranks that every rank gives alike, one for each, of which this is its
+        own.
+        """
         self.name, self.ledger = name, ledger
+        alone = bool(parts) and max(map(len, parts)) == 1
+        if len(parts) > 1 and not alone:
+            existing = _own_of(parts, timeout_s)
         self.size, self.rank = dist.get_world_size(existing), dist.get_rank(existing)
+        self.ranks: tuple[int, ...] = tuple(range(self.size))
+        """Of all ranks, those in the group."""
+        if alone:
+            self.size, self.rank, self.ranks = 1, 0, (dist.get_rank(),)
         self._sequence = 0
         # Weak: torch's own reference is the only one, so that leaving the replicas ends the group's
         # threads. One that still ran while the interpreter shuts down would abort the process.
@@ -220,9 +232,9 @@ class Group:
                 group = existing or dist.new_group(timeout=timedelta(seconds=timeout_s))
             self._reference = weakref.ref(group)
             # torch gives a group the same name on all its ranks; disjoint ones may share one.
-            ranks = tuple(dist.get_process_group_ranks(group))
-            key = f"{name}/{group.group_name}/{ranks[0]}"
-            self._position = Position(key, ranks)
+            self.ranks = tuple(dist.get_process_group_ranks(group))
+            key = f"{name}/{group.group_name}/{self.ranks[0]}"
+            self._position = Position(key, self.ranks)
             ledger.whereabouts.positions[key] = self._position
 
     def _issue(
@@ -390,6 +402,14 @@ class Group:
         table = torch.empty(self.size, len(values), dtype=torch.float64)
         self.all_gather(table, torch.tensor(values, dtype=torch.float64)).wait()
         return table
+
+
+def _own_of(parts: Sequence[Sequence[int]], timeout_s: float) -> dist.ProcessGroup:
+    """Every rank makes all groups, in the same order, and keeps its own."""
+    timeout, rank = timedelta(seconds=timeout_s), dist.get_rank()
+    with yielding_threads():
+        made = [dist.new_group(list(part), timeout=timeout) for part in parts]
+    return next(group for group, part in zip(made, parts, strict=True) if rank in part)
 
 
 @contextlib.contextmanager

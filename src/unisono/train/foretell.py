@@ -109,14 +109,14 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     lanes, lanes_from = _lanes(probe, link, world.size, world.device, per_core)
     system = _system(job)
     shard = world.size
-    if plan.mesh:
-        shard = plan.mesh[1]
-        if plan.mesh[0] > 1:
-            return "sharded over several copies is not foretold"
+    if system == "sharded" and plan.mesh.replica > 1:
+        return "sharded over several copies is not foretold"
+    if plan.mesh.inner > 1:
+        return "ranks that share samples are not foretold"
     step = foretell(
         system, tensors, passes, lanes, shard,
         wire_bytes=2 if job.config.wire == "bfloat16" else 4, bucket_bytes=plan.bucket_mb * 2**20,
-        rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches)) + Meter.TOLD,
+        rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches, 0)) + Meter.TOLD,
     )  # fmt: skip
     alone_s = plan.accumulation * (passes.forward_s + passes.backward_s) + passes.optimizer_s
     if baseline:
@@ -196,7 +196,9 @@ def _tensors(job: Job) -> Tensors:
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     rest = [p for _, p in trained if p is not embedding]
     table = len(embedding) * embedding.shape[1] if len(rest) < len(trained) else 0
-    over = (job.plan.mesh or (1, 1))[1]  # whose multiples FSDP fills rows up to
+    over = (
+        job.plan.mesh.shard * job.plan.mesh.context if _system(job) == "sharded" else 1
+    )  # whose multiples FSDP fills rows up to
 
     def values(p: torch.Tensor) -> int:
         return -(-len(p) // over) * over * (p.numel() // len(p)) if p.dim() else 1
@@ -228,9 +230,9 @@ def _rows_looked_up(job: Job) -> int | None:
 
     None where a rank could not read them: the step itself will say so.
     """
-    feed, m = job.feed, job.plan.accumulation
+    feed = job.feed
     first, last = job.progress.step, min(job.plan.max_steps, job.progress.step + LOOKED_AT)
-    leaves = range(job.world.rank * m, (job.world.rank + 1) * m)
+    leaves = job.plan.leaves(job.world.rank)
     counts = [0.0] * (last - first)
     failed = False
     try:
@@ -248,7 +250,9 @@ def _state_bytes(job: Job, tensors: Tensors, system: System) -> int:
     moments = {"adamw": 2, "sgd": int(job.config.momentum > 0)}[job.config.optim]
     if job.progress.step:  # resumed: it is there
         return 0
-    own = {"whole": 1.0, "ddp": 1.0}.get(system, 1 / (job.plan.mesh or (1, job.world.size))[1])
+    mesh = job.plan.mesh
+    owners = {"whole": 1, "ddp": 1, "sharded": mesh.shard * mesh.context}.get(system, mesh.holders)
+    own = 1 / owners
     narrow = system == "shards" and job.config.wire == "bfloat16"
     sharded = sum(tensors.sizes) + (0 if system == "shards" else tensors.table)
     whole = tensors.table if system == "shards" else 0
