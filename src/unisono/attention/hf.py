@@ -431,19 +431,19 @@ def _attention(
     if torch.is_autocast_enabled(device):
         kind = torch.get_autocast_dtype(device)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    mask, context = (
-        attention_mask.of(getattr(module, "layer_idx", None)), attention_mask.owner.context
-    )  # fmt: skip
-    how = {
-        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "softcap": softcap,
-        "sinks": None if s_aux is None else s_aux.float(),
-    }
+    mask = attention_mask.of(getattr(module, "layer_idx", None))
+    context = attention_mask.owner.context
+    scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = None if s_aux is None else s_aux.float()
     if context is None:
-        spans = {"q_start": attention_mask.q_start, "k_start": attention_mask.k_start}
-        out = attend(query, key, value, mask, **how, **spans)
+        out = attend(
+            query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks,
+            q_start=attention_mask.q_start, k_start=attention_mask.k_start,
+        )  # fmt: skip
     else:
-        out = attend_across(query, key, value, mask, context, **how)
+        out = attend_across(
+            query, key, value, mask, context, scale=scale, softcap=softcap, sinks=sinks
+        )
     return out.transpose(1, 2).contiguous(), None
 
 
