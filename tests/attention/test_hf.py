@@ -25,7 +25,7 @@ def gradients(model, ids, positions):
 def test_a_model_computes_what_its_eager_attention_does(family: str) -> None:
     """In float64, where nothing hides behind rounding: logits and every gradient to 1e-9."""
     ids, positions = packed()
-    wanted, wanted_grads = gradients(build(family, implementation="eager"), ids, positions)
+    wanted, wanted_grads = gradients(build(family, implementation="exact"), ids, positions)
     model = build(family)
     hooked = hook(model)
     assert hooked.num_layers == 2
@@ -52,7 +52,7 @@ def test_a_model_computes_what_its_eager_attention_does(family: str) -> None:
 def test_what_is_ignored_shows(family: str, broken: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above: a window or chunk off by one, a leak, softcap or sinks left out."""
     ids, positions = packed()
-    wanted = logits_of(build(family, implementation="eager"), ids, positions)
+    wanted = logits_of(build(family, implementation="exact"), ids, positions)
     model = build(family)
     hook(model)
     right = hf.attend
@@ -182,7 +182,7 @@ def test_a_wish_narrows_and_never_widens() -> None:
 def test_a_wished_window_is_the_models_own_window() -> None:
     """A Llama with {window: 9} is a Mistral with sliding_window 9."""
     ids, positions = packed()
-    wanted = logits_of(build("mistral", implementation="eager"), ids, positions)
+    wanted = logits_of(build("mistral", implementation="exact"), ids, positions)
     model = build("mistral", sliding_window=None)
     assert choose(model, AttentionConfig(window=9), "cpu").name == "{window: 9}"
     assert (logits_of(model, ids, positions) - wanted).abs().max() <= 1e-9 * wanted.abs().max()
