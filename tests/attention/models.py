@@ -45,6 +45,10 @@ MODELS = {
 """Grouped heads, windows, mixtures, softcap, sinks, chunks, scaled queries, narrow values, no rotation."""
 
 
+ROUTED = ("gpt_oss", "mixtral", "llama4_text", "deepseek_v3")
+"""Their routers round to float32, and a token that goes to another expert changes shapes of products."""
+
+
 def build(model_type: str, seed: int = 0, implementation: str | None = None, **changes: object):
     """A float64 model in training mode without dropout; the same weights for the same seed."""
     from transformers import AutoConfig, AutoModelForCausalLM

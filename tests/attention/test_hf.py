@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MODELS, build, logits_of, packed
+from models import MODELS, ROUTED, build, logits_of, packed
 
 from unisono.attention import hf
 from unisono.attention.choose import choose
@@ -87,7 +87,8 @@ def test_packed_documents_never_leak(family: str, how: str) -> None:
     changed = ids.clone()
     changed[0, 5] = 3 + (changed[0, 5] - 2) % 90
     after = logits_of(model, changed, positions, **extra)
-    differs = (before != after).any(-1)[0]
+    noise = 1e-9 if family in ROUTED else 0.0
+    differs = ((before - after).abs() > noise * before.abs().max()).any(-1)[0]
     assert not differs[:5].any()
     assert differs[5]
     assert not differs[20:].any()
@@ -123,8 +124,8 @@ def test_a_hundred_steps_end_at_the_same_loss(family: str) -> None:
     for ours in (False, True):
         model = build(family, implementation=None if ours else "eager").float()
         with torch.no_grad():
-            for p in model.parameters():
-                p.div_(6 if p.dim() > 1 else 1)
+            for name, p in model.named_parameters():
+                p.div_(6 if p.dim() > 1 and "embed" not in name else 1)
         if ours:
             hook(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -139,7 +140,7 @@ def test_a_hundred_steps_end_at_the_same_loss(family: str) -> None:
             losses.append(loss.item())
         runs.append(torch.tensor(losses, dtype=torch.float64))
     assert runs[0][-1] < 0.9 * runs[0][0]
-    assert ((runs[1] - runs[0]).abs() / runs[0]).max() <= 1e-5
+    assert float(((runs[1] - runs[0]).abs() / runs[0]).max()) <= 1e-5
 
 
 def test_autocast_computes_attention_in_bfloat16() -> None:
