@@ -122,11 +122,13 @@ def paths() -> dict[str, Callable]:
     }
 
 
-def one(path: str, length: int, heads: int, kv_heads: int, width: int, repeats: int) -> dict:
+def one(
+    path: str, length: int, heads: int, kv_heads: int, width: int, repeats: int, threads: int
+) -> dict:
     """Time and memory of one path at one length, in this process."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     run = paths()[path]
 
@@ -152,7 +154,7 @@ def one(path: str, length: int, heads: int, kv_heads: int, width: int, repeats: 
         return {"path": path, "length": length, "refused": " ".join(str(error).split())[:160]}
     best = min(times, key=sum)
     return {
-        "path": path, "length": length, "heads": heads, "kv_heads": kv_heads, "width": width,
+        "path": path, "length": length, "heads": heads, "kv_heads": kv_heads, "width": width, "threads": threads,
         "forward_ms": 1e3 * best[0], "backward_ms": 1e3 * best[1], "ms": 1e3 * sum(best),
         "peak_bytes": peak() - base, "density": density(path, length),
     }  # fmt: skip
@@ -209,7 +211,11 @@ def longest(length: int) -> dict:
 
 def summary(rows: list[dict]) -> dict:
     """The figures that the project aims for, from the rows."""
-    at = {(r["path"], r["length"]): r for r in rows if "ms" in r}
+    one = [
+        r for r in rows if "ms" in r and r.get("threads", 1) == 1 and "whole_process_bytes" not in r
+    ]
+    at = {(r["path"], r["length"]): r for r in one}
+    two = {(r["path"], r["length"]): r for r in rows if r.get("threads") == 2}
 
     def ratio(slow: str, fast: str, length: int) -> float | None:
         a, b = at.get((slow, length)), at.get((fast, length))
@@ -225,6 +231,7 @@ def summary(rows: list[dict]) -> dict:
 
     return {
         "ours causal over torch math, 4k": ratio("torch math", "ours causal", 4096),
+        "the same with two threads": two["torch math", 4096]["ms"] / two["ours causal", 4096]["ms"] if ("torch math", 4096) in two else None,
         "torch flash over ours causal, 4k": ratio("ours causal", "torch flash", 4096),
         "window 512 over full flash, 16k": ratio("torch flash", "ours window", 16384),
         "window 512 over hf sdpa window, 4k": ratio("hf sdpa window", "ours window", 4096),
@@ -242,24 +249,29 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--longest", type=int, default=1_000_000, help="tokens; 0: not")
     parser.add_argument("--one", nargs=2, metavar=("PATH", "LENGTH"), help=argparse.SUPPRESS)
     parser.add_argument("--add", action="store_true", help="to the rows that FILE has")
+    parser.add_argument("--page", type=Path, help="only write FILE's figures into this page")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "attention.json")
     args = parser.parse_args()
     if args.one:
         path, length = args.one[0], int(args.one[1])
-        sizes = (args.heads, args.kv_heads, args.width, args.repeats)
+        sizes = (args.heads, args.kv_heads, args.width, args.repeats, args.threads)
         print(json.dumps(longest(length) if path == "longest" else one(path, length, *sizes)))
+        return
+    if args.page:
+        write_page(json.loads(args.json.read_text()), args.page)
         return
     about = machine()
     print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {about['date']}")
     old = json.loads(args.json.read_text())["rows"] if args.add and args.json.exists() else []
-    rows = {(r["path"], r["length"], r.get("heads")): r for r in old}
+    rows = {_key(r): r for r in old}
     jobs = [(p, n) for n in args.lengths for p in args.paths or paths() if p not in QUADRATIC or n <= QUADRATIC_LIMIT]  # fmt: skip
     for path, length in [*jobs, *([("longest", args.longest)] if args.longest else [])]:
         row = measure(path, length, args)
-        rows[row["path"], row["length"], row.get("heads")] = row
+        rows[_key(row)] = row
         told = row.get("refused") or f"{row['ms']:9.1f} ms  {row['peak_bytes'] / 1e6:8.1f} MB"
         print(f"{length:>8} {path:20} {told}", flush=True)
     result = {"machine": about, "rows": list(rows.values()), "summary": summary(list(rows.values()))}  # fmt: skip
@@ -268,12 +280,42 @@ def main() -> None:
     args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def _key(row: dict) -> tuple:
+    return row["path"], row["length"], row.get("heads"), row.get("threads", 1)
+
+
+def write_page(result: dict, page: Path) -> None:
+    """Put the figures between the page's marks, so that none is copied by hand."""
+    about, rows = result["machine"], result["rows"]
+    cells = {(r["path"], r["length"]): r for r in rows if "ms" in r and r.get("threads", 1) == 1 and "whole_process_bytes" not in r}  # fmt: skip
+    lengths = sorted({n for _, n in cells})
+    first = next(iter(cells.values()))
+    lines = [
+        f"{about['cpu']}, one thread, torch {about['torch']}, {about['date']}; one layer, {first['heads']} query heads, "
+        f"{first['kv_heads']} key heads of {first['width']}, float32, forward and backward: ms, and MB above the imports.",
+        "",
+        "| path | " + " | ".join(f"{n:,}" for n in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for path in dict.fromkeys(p for p, _ in cells):
+        told = [cells.get((path, n)) for n in lengths]
+        lines.append(f"| {path} | " + " | ".join("" if r is None else f"{r['ms']:,.0f} / {r['peak_bytes'] / 1e6:,.0f}" for r in told) + " |")  # fmt: skip
+    lines += ["", "| figure | |", "|---|---|"]
+    lines += [f"| {n} | {v:.2f} |" for n, v in result["summary"].items() if v is not None]
+    for r in rows:
+        if "whole_process_bytes" in r:
+            lines.append(f"| {r['length']:,} tokens, window {WINDOW}, 2 query heads and 1 key head of 64 | {r['ms'] / 1e3:.1f} s, {r['peak_bytes'] / 1e9:.2f} GB, {r['whole_process_bytes'] / 1e9:.2f} GB with the imports |")  # fmt: skip
+    start, end = "<!-- measured -->\n", "<!-- /measured -->"
+    text = page.read_text()
+    page.write_text(text.split(start)[0] + start + "\n".join(lines) + "\n" + end + text.split(end)[1])  # fmt: skip
+
+
 def measure(path: str, length: int, args: argparse.Namespace) -> dict:
     """One row, in a fresh process."""
     repeats = args.repeats if length <= 16384 else 1
     command = [
         sys.executable, __file__, "--one", path, str(length), "--heads", str(args.heads), "--kv-heads", str(args.kv_heads),
-        "--width", str(args.width), "--repeats", str(repeats),
+        "--width", str(args.width), "--repeats", str(repeats), "--threads", str(args.threads),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -17,6 +17,7 @@ Every rank is a process with one thread, pinned to a core where time counts.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -37,8 +38,8 @@ SCHEMES = ("ring", "ulysses", "allgather")
 ROUNDS = 7
 TOKENS = 4096
 """Of a rank, where the number of ranks changes and nothing else."""
-BUDGET_MB = 512
-GRAIN = 256
+BUDGET_MB = 256
+GRAIN = 128
 
 
 def ranks(part: str, size: int, **what: Any) -> Any:
@@ -136,6 +137,10 @@ def memory_of(group: Any, tokens: int, checkpointing: bool = False) -> dict[str,
     from unisono.attention.hf import hook
     from unisono.attention.shard import Placement
 
+    # Large tensors get pages of their own, as in any program: what a run keeps of freed memory
+    # (world.py) depends on the order of sizes and would be counted by chance.
+    m_mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
     config = LlamaConfig(
         hidden_size=HEADS * WIDTH, intermediate_size=704, num_hidden_layers=2, num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS, vocab_size=512, max_position_embeddings=2**20,

@@ -6,7 +6,7 @@ import torch
 
 from unisono.attention.mask import Mask
 
-SCALE = 0.35
+SCALE = 0.25
 
 
 def visible(mask: Mask, i: int, j: int, starts: Sequence[int] | None = None) -> bool:

@@ -45,6 +45,10 @@ MODELS = {
 """Grouped heads, windows, mixtures, softcap, sinks, chunks, scaled queries, narrow values, no rotation."""
 
 
+ROUTED = ("gpt_oss", "mixtral", "llama4_text", "deepseek_v3")
+"""Their routers round to float32, and a token that goes to another expert changes shapes of products."""
+
+
 def build(model_type: str, seed: int = 0, implementation: str | None = None, **changes: object):
     """A float64 model in training mode without dropout; the same weights for the same seed."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -54,6 +58,7 @@ def build(model_type: str, seed: int = 0, implementation: str | None = None, **c
     for name in ("resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout", "attention_dropout"):
         if name in known:
             fields[name] = 0.0
+    register_exact()
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **copy.deepcopy(fields))
     how = {"attn_implementation": implementation} if implementation else {}
@@ -65,6 +70,32 @@ def build(model_type: str, seed: int = 0, implementation: str | None = None, **c
             if "sinks" in name:
                 p.normal_()
     return model.train()
+
+
+def register_exact() -> None:
+    """`exact`: eager attention under the mask that transformers spells out, all in float64.
+
+    transformers' own eager attention takes its softmax in float32, which hides errors of 1e-7.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    def exact(module, q, k, v, mask, scaling=None, softcap=None, s_aux=None, **_):
+        group = q.shape[1] // k.shape[1]
+        s = (
+            q
+            @ k.repeat_interleave(group, 1).mT
+            * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+        )
+        s = s if softcap is None else softcap * torch.tanh(s / softcap)
+        s = s if mask is None else s.masked_fill(mask < 0, -torch.inf)
+        if s_aux is not None:
+            s = torch.cat((s, s_aux.reshape(1, -1, 1, 1).expand(len(s), -1, s.shape[2], 1)), -1)
+        p = s.softmax(-1)[..., : k.shape[2]]
+        return (p @ v.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("exact", exact)
+    AttentionMaskInterface.register("exact", eager_mask)
 
 
 def packed(lengths=(20, 13, 27), rows=2, seed=1):

@@ -94,9 +94,13 @@ def across(world, family: str, packed: bool, scheme: str, ulysses: bool, checkpo
 
 
 def alone(family: str, packed: bool) -> tuple[list[float], list[torch.Tensor]]:
-    """In float64; by the model's own eager attention, unless documents leak in it."""
-    leaks = packed and family in ("gpt2", "llama4_text")
-    model = small(family, None if leaks else "eager", torch.float64)
+    """In float64 where experts can; by the model's own eager attention, unless documents leak in it.
+
+    Llama 4 counts its chunks from the row's beginning there, not from the document's.
+    """
+    leaks = packed and family in ("gpt2", "gpt_oss", "llama4_text")
+    kind = torch.float32 if family in ("gpt_oss", "llama4_text") else torch.float64
+    model = small(family, None if leaks else "eager", kind)
     if leaks:
         hook(model)
     whole = Placement(LENGTH)

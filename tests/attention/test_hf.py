@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MODELS, build, logits_of, packed
+from models import MODELS, ROUTED, build, logits_of, packed
 
 from unisono.attention import hf
 from unisono.attention.choose import choose
@@ -25,7 +25,7 @@ def gradients(model, ids, positions):
 def test_a_model_computes_what_its_eager_attention_does(family: str) -> None:
     """In float64, where nothing hides behind rounding: logits and every gradient to 1e-9."""
     ids, positions = packed()
-    wanted, wanted_grads = gradients(build(family, implementation="eager"), ids, positions)
+    wanted, wanted_grads = gradients(build(family, implementation="exact"), ids, positions)
     model = build(family)
     hooked = hook(model)
     assert hooked.num_layers == 2
@@ -52,7 +52,7 @@ def test_a_model_computes_what_its_eager_attention_does(family: str) -> None:
 def test_what_is_ignored_shows(family: str, broken: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above: a window or chunk off by one, a leak, softcap or sinks left out."""
     ids, positions = packed()
-    wanted = logits_of(build(family, implementation="eager"), ids, positions)
+    wanted = logits_of(build(family, implementation="exact"), ids, positions)
     model = build(family)
     hook(model)
     right = hf.attend
@@ -87,7 +87,8 @@ def test_packed_documents_never_leak(family: str, how: str) -> None:
     changed = ids.clone()
     changed[0, 5] = 3 + (changed[0, 5] - 2) % 90
     after = logits_of(model, changed, positions, **extra)
-    differs = (before != after).any(-1)[0]
+    noise = 1e-9 if family in ROUTED else 0.0
+    differs = ((before - after).abs() > noise * before.abs().max()).any(-1)[0]
     assert not differs[:5].any()
     assert differs[5]
     assert not differs[20:].any()
@@ -123,8 +124,8 @@ def test_a_hundred_steps_end_at_the_same_loss(family: str) -> None:
     for ours in (False, True):
         model = build(family, implementation=None if ours else "eager").float()
         with torch.no_grad():
-            for p in model.parameters():
-                p.div_(6 if p.dim() > 1 else 1)
+            for name, p in model.named_parameters():
+                p.div_(6 if p.dim() > 1 and "embed" not in name else 1)
         if ours:
             hook(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -139,7 +140,7 @@ def test_a_hundred_steps_end_at_the_same_loss(family: str) -> None:
             losses.append(loss.item())
         runs.append(torch.tensor(losses, dtype=torch.float64))
     assert runs[0][-1] < 0.9 * runs[0][0]
-    assert ((runs[1] - runs[0]).abs() / runs[0]).max() <= 1e-5
+    assert float(((runs[1] - runs[0]).abs() / runs[0]).max()) <= 1e-5
 
 
 def test_autocast_computes_attention_in_bfloat16() -> None:
@@ -182,7 +183,7 @@ def test_a_wish_narrows_and_never_widens() -> None:
 def test_a_wished_window_is_the_models_own_window() -> None:
     """A Llama with {window: 9} is a Mistral with sliding_window 9."""
     ids, positions = packed()
-    wanted = logits_of(build("mistral", implementation="eager"), ids, positions)
+    wanted = logits_of(build("mistral", implementation="exact"), ids, positions)
     model = build("mistral", sliding_window=None)
     assert choose(model, AttentionConfig(window=9), "cpu").name == "{window: 9}"
     assert (logits_of(model, ids, positions) - wanted).abs().max() <= 1e-9 * wanted.abs().max()

@@ -55,15 +55,15 @@ def masks(length: int) -> dict[str, Mask]:
 NAMES = list(masks(10))
 
 
-@pytest.mark.parametrize("length", [5, 300, 1300])
+@pytest.mark.parametrize("length", [5, 300, 900])
 @pytest.mark.parametrize("name", NAMES)
 def test_against_float64_whole_and_in_chunks(name: str, length: int) -> None:
     mask = masks(length)[name]
-    q, k, v, dout = qkv(length=length)
-    wanted = gradients(dout, (q, k, v), mask.spell(0, length, 0, length, heads=4))
+    q, k, v, dout = qkv(heads=2, kv_heads=1, length=length)
+    wanted = gradients(dout, (q, k, v), mask.spell(0, length, 0, length, heads=2))
     out, lse = pair.forward(q, k, v, mask, scale=SCALE)
     grads = pair.backward(dout, q, k, v, out, lse, mask, scale=SCALE)
-    bounds = [FORWARD, FORWARD, *[2 * GRADIENT] * 3]  # these scores are 1.4 times the usual ones
+    bounds = [FORWARD, FORWARD, *[GRADIENT] * 3]
     for found, right, bound in zip((out, lse, *grads), wanted, bounds):
         assert worst(found, right) <= bound
     if length > 5:
@@ -109,7 +109,7 @@ def test_softcap_goes_through_every_kind_of_step(softcap: float | None) -> None:
         out, lse = pair.forward(q, k, v, mask, **how)
         found = [out, lse, *pair.backward(dout, q, k, v, out, lse, mask, **how)]
         off = max(worst(a, b) for a, b in zip(found, wanted))
-        assert off <= 2 * GRADIENT if softcap else off > 0.1  # ignored, it would show
+        assert off <= GRADIENT if softcap else off > 0.1  # ignored, it would show
 
 
 def test_a_window_that_is_off_by_one_shows() -> None:
@@ -120,7 +120,7 @@ def test_a_window_that_is_off_by_one_shows() -> None:
     assert worst(pair.forward(q, k, v, Mask(), scale=SCALE)[0], wanted) > 0.1
 
 
-@pytest.mark.parametrize("name", ["window 100", "sinks", "packed", "packed short", "bigbird", "strided", "dilated"])  # fmt: skip
+@pytest.mark.parametrize("name", ["window 100", "sinks", "packed", "packed short", "bigbird", "dilated"])  # fmt: skip
 def test_steps_do_not_compute_much_more_than_is_visible(name: str) -> None:
     """Counted in scores, of 4,096 tokens: less than a third of causal attention's."""
     length = 4096

@@ -123,11 +123,11 @@ class Mask:
         `row` None asks for all rows of the batch at once. The mask, of a PARTIAL tile only, is bool
         [B or 1, heads or 1, q1 - q0, k1 - k0]: True is visible.
         """
-        rows = range(self.num_rows) if row is None else (row,)
-        spans = [np.array([x]) for x in (q0, q1, k0, k1)]
-        kinds = {int(self.classify(*spans, row=r)[0][0, 0]) for r in rows}
-        if len(kinds) == 1 and PARTIAL not in kinds:
-            return kinds.pop(), None
+        if row is not None or self.num_rows == 1:
+            spans = (np.array([x]) for x in (q0, q1, k0, k1))
+            kind = int(self.classify(*spans, row=row or 0)[0][0, 0])
+            if kind != PARTIAL:
+                return kind, None
         seen = self.spell(q0, q1, k0, k1, heads=heads, row=row)
         if not seen.any():
             return SKIP, None
@@ -148,8 +148,9 @@ class Mask:
             starts = self.documents.starts[slice(None) if row is None else slice(row, row + 1)]
             of_q = torch.from_numpy(starts[:, q0:q1])[:, None, :, None]
             of_k = torch.from_numpy(starts[:, k0:k1])[:, None, None, :]
-        seen = self._seen(torch.arange(q0, q1)[:, None], torch.arange(k0, k1), of_q, of_k, heads)
-        seen = seen.expand(*torch.broadcast_shapes(seen.shape, (q1 - q0, k1 - k0)))
+        i, j = torch.arange(q0, q1)[:, None], torch.arange(k0, k1)
+        seen = self._seen(i, j, of_q, of_k, heads)
+        seen = seen.expand(*torch.broadcast_shapes(seen.shape, (len(i), len(j))))
         return seen.expand(*(1,) * (4 - seen.dim()), *seen.shape) if seen.dim() < 4 else seen
 
     def sees(self, row: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:

@@ -264,7 +264,7 @@ def _steps(mask: Mask, span: Span, heads: int) -> Iterator[Step]:
     if max(span.q1 - span.q0, span.k1 - span.k0) <= SMALL:
         kind, seen = mask.tile(*_ends(span), heads=heads, row=span.row)
         if kind != SKIP:
-            yield _rectangle(span, causal=kind == CAUSAL, mask=seen)
+            yield _rectangle(span, kind == CAUSAL, None if seen is None else _additive(seen))
     elif mask.documents is not None:
         alone = mask.num_rows > 1 and span.row is None
         for row in range(mask.num_rows) if alone else (span.row,):
@@ -274,7 +274,7 @@ def _steps(mask: Mask, span: Span, heads: int) -> Iterator[Step]:
             yield from _steps(replace(mask, chunk=None), cut, heads)
     elif mask.pattern is None and (kind := _kind(mask, span)) != PARTIAL:
         if kind != SKIP:
-            yield _rectangle(span, causal=kind == CAUSAL)
+            yield _rectangle(span, kind == CAUSAL)
     else:
         yield from _tiled(mask, span, heads)
 
@@ -360,10 +360,15 @@ def _diagonal(run: Run, number: int, tile: int) -> tuple[int, ...]:
 
 
 def _bias(seen: Tensor, shared: bool) -> Tensor | None:
-    """A mask that many tiles share is made additive once; what is all visible is none."""
+    """What is all visible needs no mask; one that many tiles share is made additive."""
     if seen.all():
         return None
-    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf) if shared else seen
+    return _additive(seen) if shared else seen
+
+
+def _additive(seen: Tensor) -> Tensor:
+    """As the kernels want it, once for all layers: four bytes a pair instead of one."""
+    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
 
 def _full_steps(runs: list[Run], span: Span, tile: int) -> Iterator[Step]:

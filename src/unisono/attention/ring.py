@@ -51,8 +51,10 @@ def backward(
     first, second = cut(axis.own, middle)
 
     def own_keys(part: slice, positions: Segments) -> None:
+        # Keys are cut where queries are, so that what lies on the diagonal is a causal square.
+        keys = (*first, *second)
         total.rows(part).add(
-            dout[:, :, part], q[:, :, part], own, found.rows(part), positions, axis.own, spec
+            dout[:, :, part], q[:, :, part], own, found.rows(part), positions, keys, spec
         )
 
     coming = pass_on(axis, own) if axis.size > 1 else None

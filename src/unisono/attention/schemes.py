@@ -3,14 +3,14 @@
 For a layer, with P ranks, n keys and values of a rank in bytes (float32 gradients g), the link's latency a and
 rate w, and the seconds f and r = 2.5 f that a rank computes forward and backward:
 
-- ring       f/P + (P-1) max(f/P, a + n/w)  forward;  r/P + (P-1) max(r/P, 2a + (n+g)/w)  backward
 - halo       max(f, a + h/w) and max(r, a + (g/n) h/w), where h is what a rank's queries see elsewhere
+- ring       f/P + (P-1) max(f/P, a + n/w)  forward;  r/P + (P-1) max(r/P, 2a + (n+g)/w)  backward
 - ulysses    f + 2a + m/w and r + 2a + m/w, where m is what queries, keys, values and outputs weigh
 - usp        ulysses over U neighbours, then a ring over P / U of U times as many tokens
 - allgather  f + a + (P-1) n/w and r + 2a + (P-1) (n+g)/w
 
-The least is chosen, an earlier one in the list below if it is within 5%. Halo only where the keys of
-others are no more than a rank's own, as it holds them all. The choice depends only on what all ranks
+The least is chosen, an earlier one in this list if it is within 5%. Halo only where the keys of others
+are fewer than a rank's own, as it keeps them for the backward pass. The choice depends only on what all ranks
 know alike, so all of them make the same.
 """
 
@@ -151,7 +151,7 @@ def _possible(
         elif scheme == "allgather":
             yield scheme, f + r + 3 * a + (out + back) / w
         elif scheme == "halo":
-            if elsewhere(layer.mask, placement)[0] <= placement.held:
+            if elsewhere(layer.mask, placement)[0] < placement.held:
                 yield scheme, max(f, a + out / w) + max(r, a + back / w)
         elif u > 1 and layer.heads % u == 0 and not by_head:
             length, steps = math.lcm(layer.kv_heads, u), p // u
