@@ -1,14 +1,14 @@
 """Parameters, gradients and optimizer state each on one rank of a group, for models that do not fit.
 
-PyTorch's FSDP2 (`fully_shard`) decides when to gather and when to reduce. The mesh is `replica x
-shard`: row r holds the ranks r*n ... r*n+n-1, which share one copy of the model; rank i of a row holds
-rows [i*c, (i+1)*c), c = ceil(rows/n), of every parameter. Every repeated block (an element of a
+PyTorch's FSDP2 (`fully_shard`) decides when to gather and when to reduce. Of the mesh (mesh.py) it sees
+`replica` rows of n = shard x context ranks, for each tensor rank by itself: a row shares one copy of the
+model, or of its slices; rank i of a row holds rows [i*c, (i+1)*c), c = ceil(rows/n), of every parameter. Every repeated block (an element of a
 ModuleList) is one unit of communication, what is left of the model another.
 
 Gradients are sums over all ranks, as the losses are sums over tokens; `update` divides once. The sum
 over a row is taken in the fixed tree of sync/tree.py, the one over replicas is the backend's.
 
-Bytes that a rank sends per step of m micro-batches, for n = shard, r = replica, and the float32
+Bytes that a rank sends per step of m micro-batches, for r = replica, and the float32
 bytes, filled up to multiples of n rows: B of the blocks, L of the last of them, R of the rest, S of
 what is trained:
 

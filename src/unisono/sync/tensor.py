@@ -67,7 +67,7 @@ def divide(model: Any, ranks: int) -> Division:
     if not any(s in (*_ENTER, "packed_colwise") and "layers" in n for n, s in styles.items()):
         raise _refusal(ranks, f"transformers has no plan of how to divide the layers of {name}")
     _check_heads(model.config.get_text_config(), styles, ranks)
-    _check_dropout(model, ranks)
+    refuse_dropout(model, "tensor", ranks)
 
     cuts: dict[str, Cut] = {}
     for known, style in styles.items():
@@ -137,8 +137,10 @@ def _check_heads(config: Any, styles: Mapping[str, str], ranks: int) -> None:
             ).on_every_rank()
 
 
-def _check_dropout(model: nn.Module, ranks: int) -> None:
-    """Ranks would drop the same places of different heads, or different places of the same numbers."""
+def refuse_dropout(model: nn.Module, axis: str, ranks: int) -> None:
+    """ConfigError for dropout where ranks share samples: with one seed they would drop the same places of
+    different numbers, with several different places of the same ones.
+    """
     config: Any = model.config
     rate = max(
         [float(getattr(config.get_text_config(), "attention_dropout", 0.0) or 0.0)]
@@ -146,8 +148,8 @@ def _check_dropout(model: nn.Module, ranks: int) -> None:
     )
     if rate:
         raise ConfigError(
-            f"mesh.tensor: found {ranks}, but the model has a dropout of {rate:g}, whose masks would "
-            f"depend on the mesh; set the model's dropout fields to 0, or write mesh.tensor: 1"
+            f"mesh.{axis}: found {ranks}, but the model has a dropout of {rate:g}, whose masks would "
+            f"depend on the mesh; set the model's dropout fields to 0, or write mesh.{axis}: 1"
         ).on_every_rank()
 
 

@@ -16,7 +16,7 @@ import torch
 
 from unisono.attention.context import Context
 from unisono.attention.hf import Hook
-from unisono.attention.mask import Documents, Mask
+from unisono.attention.mask import Mask
 from unisono.attention.schemes import Layer, measure_speeds, sent_bytes
 from unisono.attention.shard import Placement, Shard, shard
 from unisono.config import AttentionConfig, Config
@@ -25,6 +25,7 @@ from unisono.errors import ConfigError
 from unisono.mesh import Mesh
 from unisono.plan import Plan
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.tensor import refuse_dropout
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +64,7 @@ class Parts:
     @contextmanager
     def reaching(self, part: Shard) -> Iterator[None]:
         """Around the forward pass on `part`: attention reaches the whole sequences."""
-        documents = None
-        if part.documents is not None:
-            documents = Documents.of_ids(torch.from_numpy(part.documents))
-        self.hook.context = replace(self.context, documents=documents)
+        self.hook.context = replace(self.context, documents=part.documents)
         try:
             yield
         finally:
@@ -101,6 +99,7 @@ def make_parts(
         return None
     assert hook is not None  # asked for by name, so it is there or was refused
     size, asked = mesh.context, config.context
+    refuse_dropout(hook.model, "context", size)
     groups = mesh.groups("context")
     group = Group("context", ledger, config.timeout_s, parts=groups)
     inner = outer = None
