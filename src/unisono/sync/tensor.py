@@ -339,7 +339,7 @@ def _rowwise(module: Any, inner: Forward, block: _Entrance, split: bool = False)
     def forward(x: torch.Tensor) -> torch.Tensor:
         mine = _Scatter.apply(x, block.group) if split else x
         total = block.leave(nn.functional.linear(mine, module.weight))
-        return total if module.bias is None else total + module.bias
+        return total if module.bias is None else total + module.bias.to(total.dtype)
 
     return forward
 

@@ -163,7 +163,9 @@ def set_up(
     built = attempt(votes, build_model)
     assert built is not None
     model, attention = built
-    if config.sync != "sharded":  # which takes its part to the device
+    # What is divided need never be whole on a device: slices go there, and FSDP's parts.
+    whole = config.sync != "sharded"
+    if whole and mesh.tensor == 1:
         model.to(world.device)
     broadcast_model(model, votes)
     division = attempt(votes, lambda: divide(model, mesh.tensor)) if mesh.tensor > 1 else None
@@ -205,6 +207,8 @@ def set_up(
     slices = Slices()
     if division:
         slices = apply(model, division, _tensor_group(mesh, ledger, config.timeout_s))
+        if whole:
+            model.to(world.device)
     sync = make_strategy(
         config.sync,
         model,
@@ -250,7 +254,8 @@ def _tensor_group(mesh: Mesh, ledger: Ledger, timeout_s: float) -> Group:
 def _link(config: Config, world: World, votes: Group, probe: Probe | None) -> Link | None:
     """Collective: the measured link, where anything is decided by it: rank 0's probe, or a quick look."""
     # In strict mode the size of buckets changes nothing in the sums, but steps should be alike.
-    if config.sync != "exact" or world.size == 1 or config.determinism == "strict":
+    alone = mesh_of(config, world.size).holders == 1
+    if config.sync != "exact" or alone or config.determinism == "strict":
         return None
     mine = link_of(probe, world.device) if probe else None
     table = votes.each(*((mine.latency_s, mine.bytes_per_s) if mine else (0.0, 0.0)))
@@ -291,10 +296,10 @@ def _buckets(
     mb, tuned = link.bucket_mb(facts.gradient_bytes), False
     origin = "link, as probed, of" if probe else "link of"
     why = f"{origin} {link.bytes_per_s * 8 / 1e9:.3g} Gbit/s and {link.latency_s * 1e3:.2g} ms"
-    key = tuning.key_of({**asdict(facts), "replicas": plan.replicas, "wire": config.wire}, link)
+    key = tuning.key_of({**asdict(facts), "mesh": str(plan.mesh), "wire": config.wire}, link)
     mine = tuning.recall(cache_folder() / TUNED, key) if votes.rank == 0 else None
     recalled = votes.each(mine or 0.0)[0, 0].item()
-    same = found and found.meta["replicas"] == plan.replicas
+    same = found and found.meta.get("mesh", str(Mesh(found.meta["replicas"]))) == str(plan.mesh)
     if found and same and found.meta.get("bucket_mb"):
         (mb, tuned), why = found.meta["bucket_mb"], "as in the checkpoint"
     elif recalled:
@@ -423,6 +428,9 @@ def _find_checkpoint(
             _check_same_run(config, found, data)
             was, now = found.meta["replicas"], world.size
             change = "" if was == now else f", {was} replicas then, {now} now"
+            mesh = str(mesh_of(config, now))
+            if was == now and (before := found.meta.get("mesh", mesh)) != mesh:
+                change = f", on {before} then, {mesh} now"
             screen.say(f"resumed from {found.path} (step {found.step}{change})")
         return found
 

@@ -453,6 +453,7 @@ def _save(job: Job, log: Log) -> None:
             "config": job.config.model_dump(mode="json"),
             "data": job.data_identity,
             "replicas": job.world.size,
+            "mesh": str(job.plan.mesh),
             "micro_batches": job.plan.micro_batches,
             "layout": job.sync.layout(),
             "bucket_mb": (job.tuner.kept_mb, job.tuner.done) if job.tuner else None,
