@@ -284,8 +284,12 @@ def _sent_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> 
 def _across_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> int:
     """What tensor ranks send each other in a step (sync/tensor.py)."""
     rows = math.ceil(config.global_batch_size / mesh.data)
+    length, chunks = config.sequence_length, 2 * mesh.context
+    held = (
+        2 * math.ceil(length / chunks) if mesh.context > 1 else length
+    )  # as attention/shard.py pads
     return facts.divided.sent_bytes(
-        rows * config.sequence_length // mesh.context,
+        rows * held,
         passes=accumulation,
         width=2 if config.bf16 else 4,
         ranks=mesh.tensor,

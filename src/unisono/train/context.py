@@ -35,17 +35,17 @@ class Parts:
     context: Context
     hook: Hook
     layers: tuple[Layer, ...]
-    """Each layer's attention over one sequence, on one rank, packed documents left out of account."""
+    """Each layer's attention over a micro-batch, packed documents left out of account."""
 
-    def sent_bytes(self, rows: int, recompute: bool) -> int:
-        """By a rank for the attention of `rows` sequences, forward and backward."""
+    def sent_bytes(self, recompute: bool) -> int:
+        """By the rank that sends most, for the attention of a micro-batch, forward and backward."""
         total = 0
         for layer in self.layers:
             scheme = self.context.choice(layer).scheme
             inner = self.context.inner.size if self.context.inner else None
             forward, backward = sent_bytes(scheme, layer, self.context.placement, inner)
             total += forward * (2 if recompute else 1) + backward
-        return rows * total
+        return total
 
     def told(self) -> tuple[str, str]:
         """(how many layers by which scheme, why), for the plan."""
@@ -87,13 +87,14 @@ def make_parts(
     config: Config,
     mesh: Mesh,
     hook: Hook | None,
+    rows: int,
     windows: Sequence[int],
     ledger: Ledger,
     device: str,
 ) -> Parts | None:
     """Collective: the groups of the context axis; None where it has one rank. Raises ConfigError.
 
-    `windows`: of the model's own layers, 0 where there is none.
+    `rows`: sequences of a micro-batch. `windows`: of the model's own layers, 0 where there is none.
     """
     if mesh.context == 1:
         return None
@@ -118,7 +119,7 @@ def make_parts(
         speeds = measure_speeds(group, device, torch.bfloat16 if config.bf16 else torch.float32)
     placement = Placement(config.sequence_length, size)
     context = Context(group, placement, asked.scheme, speeds, inner, outer)
-    layers = tuple(_layers(config, mesh, hook, windows))
+    layers = tuple(_layers(config, mesh, hook, rows, windows))
     for layer in layers:
         context.choice(layer)  # what cannot be is refused before the first step
     return Parts(context, hook, layers)
@@ -127,7 +128,7 @@ def make_parts(
 def with_context(plan: Plan, config: Config, parts: Parts) -> Plan:
     """The plan with what attention sends across ranks, and why so."""
     rows = math.ceil(plan.global_batch_size / plan.mesh.data)
-    more = parts.sent_bytes(rows, config.gradient_checkpointing)
+    more = parts.sent_bytes(config.gradient_checkpointing) * rows // plan.micro_batch_size
     reasons = {**plan.reasons, "context": ": ".join(parts.told())}
     return replace(
         plan,
@@ -137,7 +138,9 @@ def with_context(plan: Plan, config: Config, parts: Parts) -> Plan:
     )
 
 
-def _layers(config: Config, mesh: Mesh, hook: Hook, windows: Sequence[int]) -> Iterator[Layer]:
+def _layers(
+    config: Config, mesh: Mesh, hook: Hook, rows: int, windows: Sequence[int]
+) -> Iterator[Layer]:
     model: Any = hook.model
     fields = model.config.get_text_config()
     heads = fields.num_attention_heads
@@ -146,6 +149,6 @@ def _layers(config: Config, mesh: Mesh, hook: Hook, windows: Sequence[int]) -> I
     for number, window in enumerate(windows):
         mask = hook.wish(Mask(window=window or None), number)
         yield Layer(
-            1, heads // mesh.tensor, kv_heads // mesh.tensor, width,
+            rows, heads // mesh.tensor, kv_heads // mesh.tensor, width,
             getattr(fields, "v_head_dim", None) or width, 2 if config.bf16 else 4, mask,
         )  # fmt: skip

@@ -201,7 +201,9 @@ def set_up(
             plan = make_plan(config, world, facts, min(rows, largest))
     plan, tuner = _buckets(facts, plan, link, votes, found, config, probe)
     flops = count(model, config.gradient_checkpointing)
-    parts = make_parts(config, mesh, attention.hook, flops.windows, ledger, world.device)
+    parts = make_parts(
+        config, mesh, attention.hook, plan.micro_batch_size, flops.windows, ledger, world.device
+    )
     if parts:
         plan = with_context(plan, config, parts)
     slices = Slices()
