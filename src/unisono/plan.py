@@ -35,6 +35,8 @@ class Facts:
     eval_samples: int
     divided: Divided = field(default_factory=Divided)
     """What the tensor axis divides."""
+    once: float = 0.0
+    """Of the weights, the share that FSDP gathers for the forward pass and keeps for the backward pass."""
     attention: tuple[str, str] | None = None
     """Whose attention runs, and why (attention/choose.py)."""
     hides_whole: bool = False
@@ -275,8 +277,8 @@ def _sent_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> 
     sent = 2 * size * (n - 1) // n // (2 if config.wire == "bfloat16" else 1)
     if config.sync == "sharded":
         over = mesh.shard * mesh.context
-        # Weights for each forward and each backward pass, gradients once.
-        sent = size * (over - 1) // over * (2 * accumulation + 1)
+        # Weights for each forward pass, most of them again for the backward pass; gradients once.
+        sent = int(size * (over - 1) // over * ((2 - facts.once) * accumulation + 1))
         sent += 2 * size // over * (mesh.replica - 1) // mesh.replica
     return sent
 

@@ -180,6 +180,7 @@ def set_up(
         train_samples=len(train_blocks),
         eval_samples=len(eval_blocks),
         divided=division.divided if division else Divided(),
+        once=_kept(model) if config.sync == "sharded" else 0.0,
         attention=(attention.name, attention.reason),
     )
     strict = config.determinism == "strict"
@@ -247,6 +248,14 @@ def set_up(
     screen.plan(describe(job.plan, config, world, facts))
     attempt(votes, lambda: _write_plan(job), world.is_main)
     return job
+
+
+def _kept(model: torch.nn.Module) -> float:
+    """Share of the weights that stay whole between passes (sync/sharded.py): the last block, and the rest."""
+    from unisono.sync.sharded import find_blocks
+
+    blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(model)]
+    return 1 - sum(blocks[:-1]) / sum(p.numel() for p in model.parameters())
 
 
 def _tensor_group(mesh: Mesh, ledger: Ledger, timeout_s: float) -> Group:
