@@ -114,7 +114,7 @@ def test_verbs_and_options_are_frozen() -> None:
         "fields": [],
         "train": ["--replicas", "--serve"],
         "generate": ["--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-p"],
-        "verify": ["--json", "--replicas", "--steps", "--strict"],
+        "verify": ["--json", "--mesh", "--replicas", "--steps", "--strict"],
         "report": ["--output"],
         "probe": ["--output", "--replicas"],
         "plan": [

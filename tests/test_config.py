@@ -307,3 +307,28 @@ def test_any_mapping_is_a_config_or_a_config_error(raw: dict, complete: bool) ->
 def test_any_override_is_a_config_or_a_config_error(items: list[str]) -> None:
     with contextlib.suppress(ConfigError):
         parse(apply_overrides(LEAST, items))
+
+
+# --- attention
+
+
+def test_attention_is_a_word_or_a_mapping() -> None:
+    assert parse(LEAST).attention == "auto"
+    asked = parse({**LEAST, "attention": {"window": 4096, "sinks": 4}}).attention
+    assert (asked.window, asked.sinks) == (4096, 4)
+    assert parse({**LEAST, "attention": {"pattern": "bigbird", "layers": [1]}}).attention.layers == (1,)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("attention", "told"),
+    [
+        ("fast", "attention: found 'fast'; "),
+        ({"window": 0}, "attention.window: found 0; "),
+        ({"windows": 4}, "unknown key attention.windows: did you mean attention.window?"),
+        ({"sinks": 4}, "sinks need a window"),
+        ({"window": 64, "pattern": "bigbird"}, "write either window or pattern"),
+        ({"pattern": "bird"}, "attention.pattern: found 'bird'; "),
+    ],
+)
+def test_attention_that_makes_no_sense_is_told(attention: Any, told: str) -> None:
+    assert told in refusal(attention=attention)

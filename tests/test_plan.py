@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from unisono.config import Config, parse
 from unisono.errors import ConfigError
+from unisono.mesh import Divided, Mesh
 from unisono.observe.arrival import NAMES, Period
 from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan, with_micro_batch
 from unisono.train.scaling import Hyper, scale, warmup_steps
@@ -90,7 +91,7 @@ def test_strict_refuses_ddp() -> None:
 def test_smaller_micro_batches_keep_the_global_batch() -> None:
     config, world = asked(global_batch_size=24), World(size=2)
     plan = make_plan(config, world, FACTS, 6)
-    smaller = with_micro_batch(plan, config, world, 3)
+    smaller = with_micro_batch(plan, config, 3)
     assert (plan.micro_batches, smaller.micro_batches) == (4, 8)
     assert (smaller.micro_batch_size, smaller.accumulation) == (3, 4)
     assert smaller.global_batch_size == 24
@@ -146,6 +147,27 @@ def test_bytes_and_memory_by_hand() -> None:
     assert planned(4).model_bytes == 4000 + 3600 * 4
 
 
+def test_meshes_divide_samples_bytes_and_memory() -> None:
+    plan = planned(4, mesh={"context": 2})
+    assert plan.mesh == Mesh(replica=2, context=2)
+    assert [list(plan.leaves(rank)) for rank in range(4)] == [
+        list(range(plan.accumulation * k, plan.accumulation * (k + 1))) for k in (0, 0, 1, 1)
+    ]
+    assert plan.sent_bytes_per_step == 2 * 3600 * 3 // 4  # context ranks are more ranks of the sum
+    assert planned(4, sync="sharded", mesh={"context": 2}).mesh == Mesh(shard=2, context=2)
+    both = planned(4, sync="sharded", mesh={"replica": 2, "context": 2})
+    assert both.mesh == Mesh(replica=2, context=2)
+    assert both.model_bytes == (4000 + 3600 * 3) // 2
+    # Half of 800 of the 900 trained values is elsewhere; activations cross for every token.
+    facts = replace(FACTS, divided=Divided(values=800, sent=12))
+    cut = planned(4, mesh={"tensor": 2}, facts=facts)
+    tokens = -(-cut.global_batch_size // 2) * cut.sequence_length
+    assert cut.across_bytes_per_step == tokens * 12 * 4 // 2
+    assert cut.sent_bytes_per_step == 2 * (3600 - 1600) // 2 + cut.across_bytes_per_step
+    assert cut.model_bytes == 4000 - 1600 + (3600 - 1600) * 3
+    assert "in 2 slices" in cut.reasons["mesh"]
+
+
 def test_the_optimizer_is_on_shards_where_that_pays() -> None:
     large = replace(FACTS, gradient_bytes=32 << 20)
     assert planned(2, facts=large).shard_optimizer
@@ -170,7 +192,16 @@ def test_the_optimizer_is_on_shards_where_that_pays() -> None:
         ({"wire": "bfloat16", "shard_optimizer": False}, "with shard_optimizer: false"),
         ({"shard_optimizer": True, "determinism": "strict"}, "shard_optimizer: found true"),
         ({"shard_optimizer": True, "sync": "sharded"}, "shard_optimizer: found true"),
-        ({"mesh": {"shard": 2}}, "mesh: found with sync: exact"),
+        (
+            {"mesh": {"shard": 2}},
+            "mesh.shard: found 2 with sync: exact, which keeps the weights whole",
+        ),
+        ({"mesh": {"context": 2}, "sync": "ddp"}, "mesh.context: found 2 with sync: ddp"),
+        ({"mesh": {"tensor": 2}, "sync": "reference"}, "mesh.tensor: found 2 with sync: reference"),
+        ({"mesh": {"tensor": 2}, "determinism": "strict"}, "mesh.tensor: found 2 with determinism"),
+        ({"mesh": {"context": 3}}, "replica 1 x shard 1 x context 3 = 3, but there are 4 ranks"),
+        ({"mesh": {"tensor": 8}}, "x tensor 8 = 8, but there are 4 ranks; make the product 4"),
+        ({"mesh": {"replica": 3}}, "or leave replica out"),
         ({"sync": "sharded", "mesh": {"replica": 3}}, "replica 3 x shard 1 = 3, but there are 4"),
         ({"sync": "sharded", "determinism": "strict"}, "sync: found sharded"),
     ],
@@ -371,7 +402,7 @@ def test_votes_add_up_to_every_ranks_part(size: int, accumulation: int, data) ->
         )
         for _ in range(size)
     ]
-    packed = [pack(b, r, size, leaves) for r, b in enumerate(ballots)]
+    packed = [pack(b, r, size, leaves, r * leaves // size) for r, b in enumerate(ballots)]
     outcome = unpack([math.fsum(v) for v in zip(*packed, strict=True)], size, leaves)
     assert outcome.losses == [x for b in ballots for x in b.losses]
     assert outcome.tokens == sum(t for b in ballots for t in b.tokens)
@@ -382,8 +413,8 @@ def test_votes_add_up_to_every_ranks_part(size: int, accumulation: int, data) ->
 
 
 def test_a_rank_that_failed_half_way_spoils_nobody_elses_slots() -> None:
-    whole = pack(Ballot([1.0, 2.0], [3, 4]), 0, 2, 4)
-    torn = pack(Ballot([5.0], [6], trouble=FAILED), 1, 2, 4)
+    whole = pack(Ballot([1.0, 2.0], [3, 4]), 0, 2, 4, 0)
+    torn = pack(Ballot([5.0], [6], trouble=FAILED), 1, 2, 4, 2)
     outcome = unpack([a + b for a, b in zip(whole, torn, strict=True)], 2, 4)
     assert outcome.losses == [1.0, 2.0, 5.0, 0.0]
     assert outcome.tokens == 13
@@ -394,7 +425,9 @@ def test_loss_is_the_mean_over_target_tokens_and_not_over_ranks() -> None:
     values = [
         a + b
         for a, b in zip(
-            pack(Ballot([10.0], [1]), 0, 2, 2), pack(Ballot([20.0], [9]), 1, 2, 2), strict=True
+            pack(Ballot([10.0], [1]), 0, 2, 2, 0),
+            pack(Ballot([20.0], [9]), 1, 2, 2, 1),
+            strict=True,
         )
     ]
     assert unpack(values, 2, 2).loss == 3.0

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from jobs import job_fields, write_corpus
 from ranks import run_ranks
 from unisono import config as config_module
 from unisono import verify as verify_module
 from unisono.errors import EXIT_FAILED, EXIT_STOPPED, Stopped, UnisonoError
+from unisono.mesh import Mesh
 from unisono.verify import _compare, _read, _Result, render, verify
 
 
@@ -36,6 +38,7 @@ def replica(world, source: str, overrides: list[str], steps: int, break_it: Call
 def verdict_of(
     place: Path, monkeypatch: pytest.MonkeyPatch, counts: list[int],
     break_it: Callable | None = None, overrides: Sequence[str] = (), steps: int = 2,
+    meshes: Sequence[Mesh] = (),
 ):  # fmt: skip
     """What `verify` finds, its replicas being ranks that are forked and not started anew.
 
@@ -62,7 +65,7 @@ def verdict_of(
     monkeypatch.setattr(verify_module, "launch", launch)
     source = str(place / "job.yaml")
     config = config_module.load(source, overrides)
-    return verify(source, overrides, config, counts, steps)
+    return verify(source, overrides, config, counts, steps, meshes)
 
 
 STRICT = ["determinism=strict"]
@@ -77,6 +80,32 @@ def test_it_holds(place: Path, monkeypatch: pytest.MonkeyPatch, sync: str) -> No
     assert [r.replicas for r in verdict.rows] == [1, 3]
     assert all(r.samples_identical for r in verdict.rows)
     assert 0 < verdict.rows[1].parameter_difference < 1e-5
+
+
+def test_it_holds_on_meshes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meshes = [Mesh(replica=2, tensor=2), Mesh(context=2)]
+    verdict = verdict_of(place, monkeypatch, [1], meshes=meshes)
+    assert verdict.holds
+    assert [(r.replicas, r.mesh) for r in verdict.rows] == [
+        (1, ""), (4, "replica 2 x tensor 2"), (2, "context 2"),
+    ]  # fmt: skip
+    assert all(r.samples_identical for r in verdict.rows)
+    console = Console(width=120, file=io.StringIO())
+    console.print(render(verdict))
+    assert "4: replica 2 x tensor 2" in console.file.getvalue()
+
+
+def gradients_not_summed_over_tensor(world) -> None:
+    from unisono.sync import tensor
+
+    tensor._Enter.backward = staticmethod(lambda ctx, gradient: (gradient, None))
+
+
+def test_it_does_not_hold_on_a_broken_mesh(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = verdict_of(
+        place, monkeypatch, [1], gradients_not_summed_over_tensor, meshes=[Mesh(tensor=2)]
+    )
+    assert [r.holds for r in verdict.rows] == [True, False]
 
 
 def test_strict_holds(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The command: argv -> Config -> one call. Heavy imports live inside the verbs."""
 
+import math
 import os
 import sys
 import traceback
@@ -12,6 +13,7 @@ from unisono.errors import EXIT_FAILED, ConfigError, Elsewhere, Interrupted, Sto
 
 if TYPE_CHECKING:
     from unisono.config import Config
+    from unisono.mesh import Mesh
 
 app = typer.Typer(
     help="N replicas train the model that one would have trained, as fast as the link allows.",
@@ -98,28 +100,41 @@ def verify(
     overrides: OverridesArgument = None,
     replicas: Annotated[
         str, typer.Option(help="Numbers of replicas; the first is compared with.")
-    ] = "1,2,4",
+    ] = "",
+    mesh: Annotated[
+        list[str] | None,
+        typer.Option(help="A mesh to compare too: replica=2,tensor=2. May be given several times."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 5,
     strict: Annotated[bool, typer.Option(help="Demand equal bits.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the table here too.")
     ] = None,
 ) -> None:
-    """Prove on your configuration that N replicas train what one would; exit code 1 if not."""
+    """Prove on your configuration that N replicas, or a mesh, train what one would; exit code 1 if not.
+
+    Without --replicas: 1, 2 and 4; one alone beside each mesh, the configuration's own if none is named.
+    """
     import json
 
     from unisono import config as config_module
     from unisono.verify import render
     from unisono.verify import verify as run
 
+    items = [*(overrides or []), *(["determinism=strict"] if strict else [])]
+    asked = config_module.load(config, items)
+    meshes = [_mesh(text) for text in mesh or ()]
+    if not mesh and not replicas and asked.mesh is not None:
+        from unisono.plan import mesh_of
+
+        meshes = [mesh_of(asked, _local_replicas(asked))]
     try:
-        counts = [int(part) for part in replicas.split(",")]
+        counts = [int(part) for part in (replicas or ("1" if meshes else "1,2,4")).split(",")]
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
         raise ConfigError(f"--replicas: found {replicas!r}; write numbers, for example 1,2,4")
-    items = [*(overrides or []), *(["determinism=strict"] if strict else [])]
-    verdict = run(config, items, config_module.load(config, items), counts, steps)
+    verdict = run(config, items, asked, counts, steps, meshes)
     from rich.console import Console
 
     Console().print(render(verdict))
@@ -279,11 +294,28 @@ def _threads(asked: "Config") -> int | None:
     return asked.threads or (1 if asked.determinism == "strict" else None)
 
 
+def _mesh(text: str) -> "Mesh":
+    """Of `replica=2,tensor=2`."""
+    from unisono.mesh import AXES, Mesh
+
+    sizes = dict(part.partition("=")[::2] for part in text.split(","))
+    if not all(axis in AXES and size.isdecimal() and int(size) for axis, size in sizes.items()):
+        raise ConfigError(
+            f"--mesh: found {text!r}; write sizes of {', '.join(AXES)}, for example replica=2,tensor=2"
+        )
+    return Mesh(**{axis: int(size) for axis, size in sizes.items()})
+
+
 def _local_replicas(asked: "Config") -> int:
-    """The number asked for, or one for each GPU; torch is only imported where a driver is."""
+    """The number asked for, or one for each GPU, on a CPU what the mesh needs at the least.
+
+    torch is only imported where a driver is.
+    """
     if isinstance(asked.replicas, int):
         return asked.replicas
-    return 1 if asked.device == "cpu" else max(1, _gpus())
+    gpus = 0 if asked.device == "cpu" else _gpus()
+    sizes = asked.mesh.model_dump().values() if asked.mesh else ()
+    return gpus or math.prod(size for size in sizes if isinstance(size, int))
 
 
 def _gpus() -> int:

@@ -31,6 +31,10 @@ MEANING = {
 }
 """In a few words, for tables."""
 
+STANDING_STILL = {
+    "communication": "waiting", "compute": "communication", "recomputation": "communication",
+}  # fmt: skip
+
 
 class Clock:
     """Seconds by phase, since `restart`. Not thread-safe: one clock belongs to one thread."""
@@ -69,11 +73,12 @@ class Clock:
             self._switch(before)
 
     def standing_still(self) -> contextlib.AbstractContextManager[None]:
-        """Blocked on other ranks: `waiting` inside a step's communication, else the phase around.
+        """Blocked on other ranks: `waiting` inside a step's communication, `communication` inside a
+        pass (tensor and context axes), else the phase around.
 
         A rank that waits for another's checkpoint or evaluation spends that time on it too.
         """
-        return self("waiting" if self._phase == "communication" else self._phase)
+        return self(STANDING_STILL.get(self._phase, self._phase))
 
     def read(self) -> dict[str, float]:
         """Seconds by phase up to this moment."""

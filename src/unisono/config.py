@@ -11,7 +11,7 @@ import reprlib
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from unisono.errors import ConfigError
@@ -80,12 +81,61 @@ class TokenizerConfig(_Section):
 
 
 class MeshConfig(_Section):
-    """Ranks of `sync: sharded`: `replica` copies of the model, each over `shard` ranks."""
+    """How the ranks divide: replica x shard x context x tensor; the product is all of them."""
 
-    replica: int = Field(1, ge=1)
-    """Copies of the model; their gradients are summed once a step."""
+    replica: AtLeastOne | Literal["auto"] = "auto"
+    """Copies of the model, on different samples; their gradients are summed once a step. `auto`: what
+    the other axes leave, and with an automatic `shard` 1."""
     shard: AtLeastOne | Literal["auto"] = "auto"
-    """Ranks that share one copy; `auto`: as many as there are."""
+    """sharded: ranks that share the weights of one copy, on different samples. `auto`: as many as the
+    other axes leave."""
+    context: AtLeastOne = 1
+    """Ranks that share each sequence, for sequences too long for one. exact, sharded."""
+    tensor: AtLeastOne = 1
+    """Ranks that share each weight matrix and compute on the same tokens; it divides the heads. Best on
+    one host. exact, sharded."""
+
+
+class ContextConfig(_Section):
+    """How keys reach queries on other ranks, where `mesh.context` is more than 1."""
+
+    scheme: Literal["auto", "ring", "halo", "allgather", "ulysses", "usp"] = "auto"
+    """`auto`: by layer, whatever the cost model finds fastest on the measured link."""
+    ulysses: AtLeastOne | None = None
+    """usp: so many neighbours trade tokens for heads, and keys go around between such groups."""
+
+
+class AttentionConfig(_Section):
+    """What the model's layers see less of, than it says itself. Anything here asks for our kernels."""
+
+    window: int | None = Field(None, ge=1)
+    """Tokens that a query sees up to itself, in layers whose own window is not smaller."""
+    sinks: int = Field(0, ge=0)
+    """First tokens of each document that stay visible beyond the window."""
+    pattern: Literal["bigbird", "longformer", "strided", "dilated"] | None = None
+    """Sparse attention, in layers without a window of their own. `longformer` is a window of
+    window_blocks with sinks of first_blocks; `dilated` sees every dilation-th token of its window."""
+    block: int = Field(64, ge=16, le=512)
+    """Tokens of the pattern's blocks."""
+    window_blocks: int = Field(3, ge=1)
+    """Blocks up to a query's own that it sees."""
+    first_blocks: int = Field(1, ge=0)
+    """bigbird, longformer: blocks at the start that all see."""
+    random_blocks: int = Field(3, ge=0)
+    """bigbird: earlier blocks that each block sees besides."""
+    stride: int = Field(8, ge=1)
+    """strided: every so many blocks, one is seen."""
+    dilation: int = Field(4, ge=1)
+    layers: tuple[int, ...] | None = None
+    """Only in these layers, counted from 0; by default in all."""
+
+    @model_validator(mode="after")
+    def _sinks_have_a_window(self) -> Self:
+        if self.sinks and self.window is None:
+            raise ValueError("sinks need a window: without one, all earlier tokens are visible")
+        if self.pattern is not None and self.window is not None:
+            raise ValueError("write either window or pattern")
+        return self
 
 
 class Config(_Section):
@@ -141,6 +191,12 @@ class Config(_Section):
     warmup_steps: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Steps, or below 1 a share of the run. `auto`: see the plan."""
 
+    # --- attention
+    attention: Literal["auto", "flash", "native"] | AttentionConfig = "auto"
+    """`auto`: our kernels where they are exact for this model on a CPU, else the model's own; the plan
+    says why. `flash`: ours or nothing. `native`: the model's own. Or a mapping that narrows what layers
+    see: {window: 4096, sinks: 4} or {pattern: bigbird}."""
+
     # --- numerics
     seed: int = Field(42, ge=0, lt=2**63)
     bf16: bool = False
@@ -167,7 +223,10 @@ class Config(_Section):
     wire: Literal["float32", "bfloat16"] = "float32"
     """exact: what travels. bfloat16 halves the bytes; sums and master weights stay float32."""
     mesh: MeshConfig | None = None
-    """sharded: how replicas divide into `replica` x `shard`; by default all of them shard."""
+    """How ranks divide into replica x shard x context x tensor; by default all are replicas (sharded: all
+    shard)."""
+    context: ContextConfig = Field(default_factory=lambda: ContextConfig())
+    """How attention crosses the ranks of `mesh.context`."""
     bucket_mb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """exact: gradients travel in buckets of about this size (MiB). `auto`: chosen by the measured
     link, then tuned on the first steps of the run."""
@@ -375,5 +434,7 @@ def _fields_at(path: list[str]) -> list[str]:
 
 
 _ALL_FIELDS = {
-    name for s in (Config, DataConfig, TokenizerConfig, MeshConfig) for name in s.model_fields
+    name
+    for s in (Config, DataConfig, TokenizerConfig, MeshConfig, ContextConfig, AttentionConfig)
+    for name in s.model_fields
 }

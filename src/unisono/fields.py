@@ -25,6 +25,9 @@ def fields() -> Iterator[FieldDoc]:
     yield from _of(classes["Config"], "")
     yield from _of(classes["DataConfig"], "data.")
     yield from _of(classes["TokenizerConfig"], "tokenizer.")
+    yield from _of(classes["MeshConfig"], "mesh.")
+    yield from _of(classes["ContextConfig"], "context.")
+    yield from _of(classes["AttentionConfig"], "attention.")
 
 
 def _of(section: ast.ClassDef, prefix: str) -> Iterator[FieldDoc]:

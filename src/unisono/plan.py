@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from unisono.config import Config
+from unisono.config import Config, MeshConfig
 from unisono.errors import ConfigError
+from unisono.mesh import Divided, Mesh
 from unisono.train.scaling import Hyper, scale, warmup_steps
 from unisono.world import World
 
@@ -32,8 +33,18 @@ class Facts:
     gradient_bytes: int
     train_samples: int
     eval_samples: int
+    divided: Divided = field(default_factory=Divided)
+    """What the tensor axis divides."""
+    once: float = 0.0
+    """Of the weights, the share that FSDP gathers for the forward pass and keeps for the backward pass."""
+    attention: tuple[str, str] | None = None
+    """Whose attention runs, and why (attention/choose.py)."""
     hides_whole: bool = False
     """Measured here: whole gradients travel in a small part of a step's compute, and memory is ample."""
+
+    def off_rank(self, mesh: Mesh) -> int:
+        """Values that other tensor ranks have, and this one has not."""
+        return self.divided.values * (mesh.tensor - 1) // mesh.tensor
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,12 @@ class Plan:
     """How a run will go. Sizes in sequences, lengths in tokens, memory in bytes."""
 
     replicas: int
+    """Ranks, whatever they share."""
     global_batch_size: int
     micro_batches: int
     """Of one step over all replicas: the leaves of the sum."""
     accumulation: int
-    """Micro-batches of one step on one replica."""
+    """Micro-batches of one step on one data rank."""
     micro_batch_size: int
     """Rows of the largest micro-batch."""
     sequence_length: int
@@ -58,13 +70,15 @@ class Plan:
     eval_steps: int
     save_steps: int
     shard_optimizer: bool
-    """Each rank steps the optimizer on its own 1/n (sync/zero.py)."""
+    """Each holder steps the optimizer on its own 1/n (sync/zero.py)."""
     bucket_mb: float
     """What travels together at first, MiB."""
-    mesh: tuple[int, int] | None
-    """(replica, shard) ranks of `sync: sharded`."""
+    mesh: Mesh
+    """How the ranks divide."""
     sent_bytes_per_step: int
     """By each rank."""
+    across_bytes_per_step: int
+    """Of them, between ranks that share samples: activations, keys and values."""
     model_bytes: int
     """Weights, gradients, optimizer state and received gradients on each replica."""
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -73,6 +87,11 @@ class Plan:
         """Rows of the global batch that micro-batch `leaf` holds; sizes differ by one at most."""
         n, m = self.global_batch_size, self.micro_batches
         return range(leaf * n // m, (leaf + 1) * n // m)
+
+    def leaves(self, rank: int) -> range:
+        """The micro-batches of `rank`: of its data rank."""
+        first = self.mesh.data_rank(rank) * self.accumulation
+        return range(first, first + self.accumulation)
 
     def positions(self, step: int) -> range:
         """Positions in the order of samples that optimizer step `step` uses."""
@@ -85,7 +104,7 @@ class Plan:
 
 def largest_micro_batch(config: Config, world: World) -> int:
     """The most rows that a micro-batch can have here."""
-    return math.ceil(config.global_batch_size / world.size)
+    return math.ceil(config.global_batch_size / mesh_of(config, world.size).data)
 
 
 def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> Plan:
@@ -94,25 +113,28 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
     Raises ConfigError where strict mode cannot hold or the data are too few.
     """
     reasons: dict[str, str] = {}
-    leaves = _micro_batches(config, world, micro_batch, reasons)
+    mesh = mesh_of(config, world.size)
+    leaves = _micro_batches(config, mesh, micro_batch, reasons)
     steps, samples = _length(config, facts, reasons)
     hyper = scale(config)
     reasons["learning_rate"] = hyper.reason
     warmup, reasons["warmup_steps"] = warmup_steps(config, hyper, steps)
     tenth = max(1, round(steps / 10))
-    n = world.size
-    mesh = _mesh(config, n)
-    shard = _shard_optimizer(config, facts, n, reasons)
-    sent = _sent_bytes(config, facts, n, mesh, leaves // n)
-    memory = _memory_bytes(config, facts, n, mesh, shard)
+    shard = _shard_optimizer(config, facts, mesh.holders, reasons)
+    across = _across_bytes(config, facts, mesh, leaves // mesh.data)
+    sent = _sent_bytes(config, facts, mesh, leaves // mesh.data) + across
+    memory = _memory_bytes(config, facts, mesh, shard)
+    reasons["mesh"] = _why_mesh(mesh, config, world, facts)
     reasons["sent_bytes_per_step"] = f"{facts.trainable / 1e6:.2f} M gradients, {config.sync}" + (
         f", {config.wire} on the wire" if config.wire != "float32" else ""
     )
+    if facts.attention:
+        reasons["attention"] = ": ".join(facts.attention)
     return Plan(
-        replicas=n,
+        replicas=world.size,
         global_batch_size=config.global_batch_size,
         micro_batches=leaves,
-        accumulation=leaves // n,
+        accumulation=leaves // mesh.data,
         micro_batch_size=math.ceil(config.global_batch_size / leaves),
         sequence_length=config.sequence_length,
         samples=samples,
@@ -126,26 +148,27 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
         bucket_mb=DEFAULT_BUCKET_MB if config.bucket_mb == "auto" else config.bucket_mb,
         mesh=mesh,
         sent_bytes_per_step=sent,
+        across_bytes_per_step=across,
         model_bytes=memory,
         reasons=reasons,
     )
 
 
-def with_micro_batch(plan: Plan, config: Config, world: World, micro_batch: int) -> Plan:
+def with_micro_batch(plan: Plan, config: Config, micro_batch: int) -> Plan:
     """The same plan with smaller micro-batches; the global batch stays."""
     reasons = dict(plan.reasons)
-    leaves = _micro_batches(config, world, micro_batch, reasons)
+    leaves = _micro_batches(config, plan.mesh, micro_batch, reasons)
     return replace(
         plan,
         micro_batches=leaves,
-        accumulation=leaves // world.size,
+        accumulation=leaves // plan.mesh.data,
         micro_batch_size=math.ceil(config.global_batch_size / leaves),
         reasons=reasons,
     )
 
 
-def _micro_batches(config: Config, world: World, micro_batch: int, reasons: dict[str, str]) -> int:
-    batch, n = config.global_batch_size, world.size
+def _micro_batches(config: Config, mesh: Mesh, micro_batch: int, reasons: dict[str, str]) -> int:
+    batch, n = config.global_batch_size, mesh.data
     if config.determinism != "strict":
         count = n * math.ceil(batch / (n * micro_batch))
         found = "found by trying" if config.micro_batch_size == "auto" else "as given"
@@ -171,22 +194,50 @@ def _micro_batches(config: Config, world: World, micro_batch: int, reasons: dict
     return count
 
 
-def _mesh(config: Config, n: int) -> tuple[int, int] | None:
-    if config.sync != "sharded":
-        if config.mesh:
-            raise ConfigError(
-                f"mesh: found with sync: {config.sync}; write sync: sharded, or leave mesh out"
-            ).on_every_rank()
-        return None
-    replica = config.mesh.replica if config.mesh else 1
-    asked = config.mesh.shard if config.mesh else "auto"
-    shard = max(1, n // replica) if asked == "auto" else asked
-    if replica * shard != n:
+def mesh_of(config: Config, n: int) -> Mesh:
+    """How `n` ranks divide. Raises ConfigError for a product that is not `n`, and for what does not combine."""
+    asked = config.mesh or MeshConfig()
+    sharded = config.sync == "sharded"
+    _refuse_on_mesh(config, asked)
+    left = max(1, n // (asked.context * asked.tensor))
+    copies = 1 if asked.replica == "auto" else asked.replica
+    whole = left // copies if sharded else 1
+    shard = max(1, whole) if asked.shard == "auto" else asked.shard
+    replica = max(1, left // shard) if asked.replica == "auto" else asked.replica
+    mesh = Mesh(replica, shard, asked.context, asked.tensor)
+    if mesh.size != n:
+        further = "".join(
+            f" x {axis} {size}"
+            for axis, size in (("context", mesh.context), ("tensor", mesh.tensor))
+            if size > 1
+        )
         raise ConfigError(
-            f"mesh: found replica {replica} x shard {shard} = {replica * shard}, but there are {n} "
-            f"ranks; make the product {n}, or leave shard out"
+            f"mesh: found replica {replica} x shard {shard}{further} = {mesh.size}, but there are {n} "
+            f"ranks; make the product {n}, or leave {'shard' if sharded else 'replica'} out"
         ).on_every_rank()
-    return replica, shard
+    return mesh
+
+
+def _refuse_on_mesh(config: Config, asked: MeshConfig) -> None:
+    """ConfigError for axes that a strategy, or strict mode, does not have."""
+    if isinstance(asked.shard, int) and asked.shard > 1 and config.sync != "sharded":
+        raise ConfigError(
+            f"mesh.shard: found {asked.shard} with sync: {config.sync}, which keeps the weights whole; "
+            f"write sync: sharded, or leave shard out"
+        ).on_every_rank()
+    for axis, size in (("context", asked.context), ("tensor", asked.tensor)):
+        if size == 1:
+            continue
+        if config.sync in ("ddp", "reference"):
+            raise ConfigError(
+                f"mesh.{axis}: found {size} with sync: {config.sync}, which knows replicas only; write "
+                f"sync: exact or sharded, or leave {axis} out"
+            ).on_every_rank()
+        if config.determinism == "strict":
+            raise ConfigError(
+                f"mesh.{axis}: found {size} with determinism: strict; a sample's own sums would depend on "
+                f"the mesh; write determinism: default, or leave {axis} out"
+            ).on_every_rank()
 
 
 def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, str]) -> bool:
@@ -217,34 +268,69 @@ def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, st
     return True
 
 
-def _sent_bytes(
-    config: Config, facts: Facts, n: int, mesh: tuple[int, int] | None, accumulation: int
-) -> int:
+def _sent_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> int:
     """Gradients and weights that each rank sends in a step; formulas in the strategies' files."""
-    size = facts.gradient_bytes
+    n = mesh.holders
+    size = facts.gradient_bytes - facts.off_rank(mesh) * _width(facts)
     if config.sync == "reference":
         return size * (n - 1) * accumulation
-    if mesh:
-        replica, shard = mesh
-        over_shards = size * (shard - 1) // shard
-        # Weights for each forward and each backward pass, gradients once.
-        return over_shards * (2 * accumulation + 1) + 2 * size // shard * (replica - 1) // replica
-    return 2 * size * (n - 1) // n // (2 if config.wire == "bfloat16" else 1)
+    sent = 2 * size * (n - 1) // n // (2 if config.wire == "bfloat16" else 1)
+    if config.sync == "sharded":
+        over = mesh.shard * mesh.context
+        # Weights for each forward pass, most of them again for the backward pass; gradients once.
+        sent = int(size * (over - 1) // over * ((2 - facts.once) * accumulation + 1))
+        sent += 2 * size // over * (mesh.replica - 1) // mesh.replica
+    return sent
 
 
-def _memory_bytes(
-    config: Config, facts: Facts, n: int, mesh: tuple[int, int] | None, shard: bool
-) -> int:
+def _across_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> int:
+    """What tensor ranks send each other in a step (sync/tensor.py)."""
+    rows = math.ceil(config.global_batch_size / mesh.data)
+    length, chunks = config.sequence_length, 2 * mesh.context
+    held = (
+        2 * math.ceil(length / chunks) if mesh.context > 1 else length
+    )  # as attention/shard.py pads
+    return facts.divided.sent_bytes(
+        rows * held,
+        passes=accumulation,
+        width=2 if config.bf16 else 4,
+        ranks=mesh.tensor,
+        recompute=config.gradient_checkpointing,
+    )
+
+
+def _memory_bytes(config: Config, facts: Facts, mesh: Mesh, shard: bool) -> int:
     """Weights, gradients, optimizer state and received pieces on each rank."""
     moments = {"adamw": 2, "sgd": int(config.momentum > 0)}[config.optim]
-    size = facts.gradient_bytes
-    if mesh:
-        return (4 * facts.parameters + size * (1 + moments)) // mesh[1]
+    size = facts.gradient_bytes - facts.off_rank(mesh) * _width(facts)
+    weights = 4 * (facts.parameters - facts.off_rank(mesh))
+    if config.sync == "sharded":
+        return (weights + size * (1 + moments)) // (mesh.shard * mesh.context)
+    n = mesh.holders
     if shard:
         moments += int(config.wire == "bfloat16")  # master weights
-        return 4 * facts.parameters + size + size * moments // n
+        return weights + size + size * moments // n
     received = int(n > 2 and config.sync == "exact")
-    return 4 * facts.parameters + size * (1 + moments + received)
+    return weights + size * (1 + moments + received)
+
+
+def _width(facts: Facts) -> int:
+    return facts.gradient_bytes // max(1, facts.trainable)
+
+
+def _why_mesh(mesh: Mesh, config: Config, world: World, facts: Facts) -> str:
+    """What each axis does here."""
+    parts = [f"{mesh.data} data {'rank' if mesh.data == 1 else 'ranks'}"]
+    if mesh.shard > 1:
+        over = mesh.shard * mesh.context
+        parts.append(f"weights over {over}" + (" (shard x context)" if mesh.context > 1 else ""))
+    if mesh.context > 1:
+        parts.append(f"{config.sequence_length // mesh.context} tokens of a sequence on each rank")
+    if mesh.tensor > 1:
+        share = facts.divided.values / max(1, facts.trainable)
+        beyond = "" if world.local_size % mesh.tensor == 0 else ", ACROSS hosts, which is slow"
+        parts.append(f"{share:.0%} of the weights in {mesh.tensor} slices{beyond}")
+    return ", ".join(parts)
 
 
 def _length(config: Config, facts: Facts, reasons: dict[str, str]) -> tuple[int, int]:
@@ -259,9 +345,21 @@ def _length(config: Config, facts: Facts, reasons: dict[str, str]) -> tuple[int,
 
 
 def _sync(plan: Plan, config: Config) -> str:
-    if plan.mesh:
-        return f"sharded {plan.mesh[0]} x {plan.mesh[1]}"
+    if config.sync == "sharded":
+        over = plan.mesh.shard * plan.mesh.context
+        return f"sharded {plan.mesh.replica} x {over}"
     return config.sync + (", optimizer on shards" if plan.shard_optimizer else "")
+
+
+def _mesh_row(plan: Plan) -> list[tuple[str, str, str]]:
+    """Where ranks share more than gradients."""
+    if plan.mesh.shard * plan.mesh.inner == 1:
+        return []
+    rows = [("mesh", str(plan.mesh), plan.reasons["mesh"])]
+    if "context" in plan.reasons:
+        scheme, _, why = plan.reasons["context"].partition(": ")
+        rows.append(("context", scheme, why))
+    return rows
 
 
 def _buckets(plan: Plan) -> list[tuple[str, str, str]]:
@@ -282,11 +380,14 @@ def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tup
         optimizer += f", betas {h.beta1:.3g} {h.beta2:.4g}"
     return [
         ("model", f"{facts.parameters / 1e6:.2f} M parameters", f"{facts.trainable / 1e6:.2f} M trained"),
+        *([("attention", *facts.attention)] if facts.attention else []),
         ("replicas", f"{plan.replicas} on {place}", f"sync {_sync(plan, config)}{threads}"),
+        *_mesh_row(plan),
         (
             "global batch",
             f"{plan.global_batch_size} x {plan.sequence_length} = {tokens:,} tokens",
-            f"{plan.replicas} replicas x {plan.accumulation} micro-batches of up to "
+            f"{plan.mesh.data} {'replicas' if plan.mesh.data == plan.replicas else 'data ranks'} x "
+            f"{plan.accumulation} micro-batches of up to "
             f"{plan.micro_batch_size}",
         ),
         ("micro-batch", str(plan.micro_batch_size), plan.reasons["micro_batch_size"]),

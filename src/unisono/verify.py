@@ -1,6 +1,6 @@
-"""Proof on the user's own configuration that N replicas train what one replica trains.
+"""Proof on the user's own configuration that N replicas, or a mesh of ranks, train what one replica trains.
 
-Runs the first steps of the job at several numbers of replicas, each from the same start in a
+Runs the first steps of the job at several numbers of replicas and on meshes, each from the same start in a
 scratch folder, and compares samples and their order, losses, and parameters; in strict mode the
 SHA-256 of weights and optimizer state must be equal.
 """
@@ -9,13 +9,14 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from unisono.config import Config
 from unisono.errors import EXIT_DONE, EXIT_STOPPED, Stopped, UnisonoError
 from unisono.launch.local import launch
+from unisono.mesh import Mesh
 from unisono.world import World
 
 LOSS_BOUND = {"float32": 1e-5, "bf16": 1e-2}
@@ -26,9 +27,10 @@ so where one is nearly zero it carries such a difference into a whole step of th
 
 @dataclass(frozen=True)
 class Row:
-    """One number of replicas beside the first one."""
+    """One number of replicas, or one mesh, beside the first one."""
 
     replicas: int
+    """Ranks."""
     samples_identical: bool
     loss_difference: float
     """Largest relative difference of a step's loss."""
@@ -37,6 +39,7 @@ class Row:
     digest: str
     digest_equal: bool
     holds: bool
+    mesh: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,14 @@ class Verdict:
 
 
 def verify(
-    source: str, overrides: Sequence[str], config: Config, replicas: Sequence[int], steps: int
+    source: str,
+    overrides: Sequence[str],
+    config: Config,
+    replicas: Sequence[int],
+    steps: int,
+    meshes: Sequence[Mesh] = (),
 ) -> Verdict:
-    """Run the job at each number of replicas and compare with the first.
+    """Run the job at each number of replicas, then on each of `meshes`, and compare with the first.
 
     `source`, `overrides`: as given to `config.load`, of which `config` is the result. Raises
     UnisonoError when a run fails; it has then said why.
@@ -67,24 +75,29 @@ def verify(
     threads = config.threads or 1  # the same for every number, for a fair comparison
     with tempfile.TemporaryDirectory(prefix="unisono-verify-") as scratch:
         results = []
-        for count in replicas:
-            out = Path(scratch) / str(count)
+        runs = [(count, "", "mesh=null") for count in replicas]
+        runs += [(mesh.size, str(mesh), f"mesh={json.dumps(asdict(mesh))}") for mesh in meshes]
+        for number, (count, mesh, layout) in enumerate(runs):
+            out = Path(scratch) / str(number)
             command = [
                 sys.executable, "-m", "unisono", "verify-worker", source, *overrides,
-                f"output_dir={out}", "resume=never", f"replicas={count}",
+                f"output_dir={out}", "resume=never", f"replicas={count}", layout,
                 "--steps", str(steps),
             ]  # fmt: skip
             code = launch(command, count, threads)
             if code == EXIT_STOPPED:
                 raise Stopped("verify: stopped by a signal")
             if code != EXIT_DONE:
-                raise UnisonoError(f"verify: the run with {count} replicas failed, see above")
+                what = f"on {mesh}" if mesh else f"with {count} replicas"
+                raise UnisonoError(f"verify: the run {what} failed, see above")
             results.append(_read(out))
         kind = "bf16" if config.bf16 else "float32"
         loss_bound, parameter_bound = LOSS_BOUND[kind], PARAMETER_BOUND[kind]
         rows = [
-            _compare(count, result, results[0], strict, loss_bound, parameter_bound)
-            for count, result in zip(replicas, results, strict=True)
+            replace(
+                _compare(count, result, results[0], strict, loss_bound, parameter_bound), mesh=mesh
+            )
+            for (count, mesh, _), result in zip(runs, results, strict=True)
         ]
     return Verdict(steps, strict, loss_bound, parameter_bound, rows)
 
@@ -187,7 +200,7 @@ def render(verdict: Verdict) -> Any:
     for r in verdict.rows:
         same = "equal" if r.digest_equal else "differs"
         table.add_row(
-            str(r.replicas),
+            f"{r.replicas}: {r.mesh}" if r.mesh else str(r.replicas),
             "same order" if r.samples_identical else "[red]DIFFERENT[/red]",
             f"{r.loss_difference:.1e}",
             f"{r.parameter_difference:.1e}",

@@ -4,6 +4,7 @@ import pytest
 
 from ranks import run_ranks
 from unisono.forecast.probe import FACTOR, Pair, Timing
+from unisono.mesh import Mesh
 from unisono.probe import links
 
 
@@ -113,7 +114,7 @@ def test_every_pair_of_hosts_is_timed_in_both_directions() -> None:
     assert run_ranks(sent_in_pairs, 2, [0, 0])[0] == []
 
 
-def axes_of(world, mesh: tuple[int, int] | None, local: list[int]) -> tuple[list[int], dict]:
+def axes_of(world, mesh: Mesh | None, local: list[int]) -> tuple[list[int], dict]:
     from unisono.sync.axes import axes, nodes_of
     from unisono.sync.ledger import Group, Ledger
 
@@ -125,7 +126,7 @@ def axes_of(world, mesh: tuple[int, int] | None, local: list[int]) -> tuple[list
 
 
 def test_axes_of_a_mesh() -> None:
-    each = run_ranks(axes_of, 4, (2, 2), [0, 1, 0, 1])
+    each = run_ranks(axes_of, 4, Mesh(2, 2), [0, 1, 0, 1])
     assert all(nodes == [0, 0, 1, 1] for nodes, _ in each)
     sums = [found for _, found in each]
     assert [s["world"] for s in sums] == [6, 6, 6, 6]

@@ -36,6 +36,12 @@ def every_operation(world) -> list[tuple]:
         group.broadcast(tensor, source=n - 1).wait()
         assert tensor.tolist() == [n - 1] * 4
 
+        for by in range(n):  # sizes may differ by rank, and be nothing
+            behind = (world.rank - by) % n
+            got, given = torch.empty(3 * behind), torch.full((3 * world.rank,), world.rank + 0.5)
+            group.shift(got, given, by).wait()
+            assert got.tolist() == [behind + 0.5] * 3 * behind
+
         assert group.sum(1.0, float(world.rank)) == [n, n * (n - 1) / 2]
         assert group.each(float(world.rank), 7.0).tolist() == [[r, 7.0] for r in range(n)]
         group.barrier()
@@ -57,9 +63,10 @@ def test_bytes_of_every_operation(n: int) -> None:
             ("all-gather", "test", 2, 10 * (n - 1)),
             ("all-reduce", "test", 3, 2 * 24 * (n - 1) // n),
             ("broadcast", "test", 4, 16 * (n - 1) if rank == n - 1 else 0),
-            ("all-reduce", "test", 5, 2 * 16 * (n - 1) // n),
-            ("all-gather", "test", 6, 16 * (n - 1)),
-            ("all-reduce", "test", 7, 2 * 4 * (n - 1) // n),
+            *[("shift", "test", 5 + by, 12 * rank if by else 0) for by in range(n)],
+            ("all-reduce", "test", 5 + n, 2 * 16 * (n - 1) // n),
+            ("all-gather", "test", 6 + n, 16 * (n - 1)),
+            ("all-reduce", "test", 7 + n, 2 * 4 * (n - 1) // n),
         ]
 
 

@@ -41,9 +41,10 @@ def measure(world, strategy: str, strict: bool) -> tuple[list[tuple], float, flo
     if strategy.startswith("sharded"):
         from test_parity import sgd
 
+        from unisono.mesh import Mesh
         from unisono.sync import make_strategy
 
-        axes = [int(x) for x in strategy.partition("-")[2].split("x")]
+        axes = Mesh(*(int(x) for x in strategy.partition("-")[2].split("x")))
         sync = make_strategy("sharded", model, ledger, optimizer=sgd, mesh=axes, timeout_s=60)
     else:
         sync = make(strategy, model, ledger, mine if strict else None)

@@ -119,11 +119,8 @@ def name_of(run: Run) -> str:
 def runs_here(run: Run) -> bool:
     """Whether `unisono train` does this itself."""
     mesh = run.mesh
-    return (
-        mesh.tensor == mesh.pipeline == mesh.context == 1
-        and run.strategy in ("exact", "ddp", "fsdp")
-        and run.recompute != "selective"
-    )
+    known = ("exact", "fsdp") if mesh.tensor * mesh.context > 1 else ("exact", "ddp", "fsdp")
+    return mesh.pipeline == 1 and run.strategy in known and run.recompute != "selective"
 
 
 def overrides(option: Option) -> str:
@@ -131,14 +128,14 @@ def overrides(option: Option) -> str:
     run = option.run
     words = [f"global_batch_size={option.batch}", f"micro_batch_size={run.micro_batch}"]
     words.append(f"gradient_checkpointing={'true' if run.recompute == 'full' else 'false'}")
+    axes = {"context": run.mesh.context, "tensor": run.mesh.tensor}
+    axes = {axis: size for axis, size in axes.items() if size > 1}
     if run.strategy == "fsdp":
-        words += [
-            "sync=sharded",
-            f"mesh.replica={run.mesh.replica}",
-            f"mesh.shard={run.mesh.shard}",
-        ]
+        words.append("sync=sharded")
+        axes = {"replica": run.mesh.replica, "shard": run.mesh.shard, **axes}
     else:
         words += [f"sync={run.strategy}", f"bucket_mb={run.bucket_bytes / 2**20:.3g}"]
+    words += [f"mesh.{axis}={size}" for axis, size in axes.items()]
     return " ".join(words)
 
 

@@ -71,7 +71,7 @@ def _against(blame: Blame, config: Config, plan: Plan) -> str:
 
 
 def _for_phase(phase: str, config: Config, plan: Plan, memory: str) -> str:
-    n, batch = plan.replicas, plan.global_batch_size
+    n, batch = plan.mesh.data, plan.global_batch_size
     match phase:
         case "communication":
             return _fewer_bytes(config, plan)
@@ -90,8 +90,9 @@ def _for_phase(phase: str, config: Config, plan: Plan, memory: str) -> str:
         case "data":
             return "put the cache on a local disk: XDG_CACHE_HOME=/local/path"
         case "optimizer":
-            if n > 1 and config.sync == "exact" and config.determinism != "strict" and not plan.shard_optimizer:  # fmt: skip
-                return f"shard_optimizer=true steps 1/{n} on each replica"
+            holders = plan.mesh.holders
+            if holders > 1 and config.sync == "exact" and config.determinism != "strict" and not plan.shard_optimizer:  # fmt: skip
+                return f"shard_optimizer=true steps 1/{holders} on each replica"
             return f"{_larger_batch(config, plan)} halves it for a token"
         case "checkpoint":
             return f"save_steps={2 * plan.save_steps} halves it"

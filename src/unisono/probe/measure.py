@@ -13,8 +13,10 @@ from unisono.config import Config
 from unisono.errors import ConfigError
 from unisono.files import replacing
 from unisono.forecast.probe import Probe, Timing
+from unisono.mesh import Mesh
 from unisono.observe.environment import device_name
 from unisono.observe.screen import Screen
+from unisono.plan import mesh_of
 from unisono.probe import links, rates
 from unisono.probe.passes import Own, own, pass_of, stand_in, time_model
 from unisono.probe.sharing import measure_sharing
@@ -53,7 +55,7 @@ def run(config: Config | None, world: World, screen: Screen, output: Path) -> Pr
 
 def measure(
     mine: Own | None,
-    mesh: tuple[int, int] | None,
+    mesh: Mesh | None,
     world: World,
     votes: Group,
     say: Callable[[str], None],
@@ -135,13 +137,14 @@ def _one(run: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _mesh(config: Config | None, ranks: int) -> tuple[int, int] | None:
-    """(replica, shard), where the configuration divides the ranks."""
-    asked = config.mesh if config and config.sync == "sharded" else None
-    if asked is None:
+def _mesh(config: Config | None, ranks: int) -> Mesh | None:
+    """Where the configuration divides the ranks."""
+    if config is None or config.mesh is None:
         return None
-    shard = ranks // asked.replica if asked.shard == "auto" else asked.shard
-    return (asked.replica, shard) if asked.replica * shard == ranks else None
+    try:
+        return mesh_of(config, ranks)
+    except ConfigError:  # of another number of ranks: only what is common to all meshes is measured
+        return None
 
 
 def _memory_bytes(world: World) -> float:

@@ -6,18 +6,20 @@ may still travel while the next forward pass runs; `settle` waits for it. Every 
 here and is tested against `reference`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from unisono.mesh import Mesh
 from unisono.sync.ddp import DDP
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.parts import Parts
 from unisono.sync.reference import Reference
+from unisono.sync.slices import Slices
 from unisono.sync.update import OptimizerFactory, Update
 from unisono.sync.zero import Zero
 
@@ -28,6 +30,8 @@ class Strategy(Protocol):
     ledger: Ledger
     model: nn.Module
     """What the forward pass must call."""
+    slices: Slices
+    """What this rank's model holds of each parameter."""
     lockstep: bool
     """Forward passes communicate: all ranks must run the same number of them, in the same order."""
     can_give_up: bool
@@ -70,7 +74,7 @@ class Strategy(Protocol):
         """After `finish`: (rank, parameter) of a non-finite contribution, if this rank saw one."""
 
     def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every rank alike: what must be equal on all ranks, bit for bit."""
+        """Collective: what must be equal on all ranks, bit for bit."""
         ...
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -116,14 +120,15 @@ def make_strategy(
     wire: str = "float32",
     tables: bool = True,
     layout: Mapping[str, Any] | None = None,
-    mesh: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+    slices: Slices | None = None,
     timeout_s: float = 600.0,
 ) -> Strategy:
     """Collective: the strategy of that name.
 
     `optimizer`: without one there is no `update` (a loop of one's own has its own). `leaves`: as in
-    Exact, None unless strict. `shard`, `wire`, `tables`, `layout`: as in Zero. `mesh`: (replica, shard) ranks
-    of `sharded`.
+    Exact, None unless strict. `shard`, `wire`, `tables`, `layout`: as in Zero. `mesh`: by default all
+    ranks are replicas, or shard (sharded). `slices`: what `tensor.apply` returned for this model.
     """
     if name == "reference":
         return Reference(model, ledger, optimizer=optimizer, timeout_s=timeout_s)
@@ -133,9 +138,11 @@ def make_strategy(
         from unisono.sync.sharded import Sharded
 
         assert optimizer is not None
-        return Sharded(model, ledger, optimizer=optimizer, mesh=mesh, timeout_s=timeout_s)
+        return Sharded(
+            model, ledger, optimizer=optimizer, mesh=mesh, slices=slices, timeout_s=timeout_s
+        )
     assert name == "exact", name
-    if shard and torch.distributed.get_world_size() > 1:
+    if shard and (mesh.holders if mesh else torch.distributed.get_world_size()) > 1:
         assert optimizer is not None and not leaves
         return Zero(
             model,
@@ -145,8 +152,17 @@ def make_strategy(
             wire=wire,
             tables=tables,
             layout=layout,
+            mesh=mesh,
+            slices=slices,
             timeout_s=timeout_s,
         )
     return Exact(
-        model, ledger, optimizer=optimizer, bucket_mb=bucket_mb, leaves=leaves, timeout_s=timeout_s
+        model,
+        ledger,
+        optimizer=optimizer,
+        bucket_mb=bucket_mb,
+        leaves=leaves,
+        mesh=mesh,
+        slices=slices,
+        timeout_s=timeout_s,
     )

@@ -35,7 +35,7 @@ READER_S = 1.0
 
 _SLOT = struct.Struct("<IIqq")
 _SLOTS = 256
-OPERATIONS = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "broadcast")
+OPERATIONS = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "broadcast", "shift")
 
 
 class Tape:

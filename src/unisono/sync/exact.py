@@ -28,9 +28,11 @@ from torch import nn
 from torch.nn import Parameter
 
 from unisono.errors import ConfigError, UnisonoError
+from unisono.mesh import HOLDERS, Mesh
 from unisono.sync.bucket import Bucket, group_by_size
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.parts import Parts
+from unisono.sync.slices import Slices
 from unisono.sync.tree import HALF, tree_sum
 from unisono.sync.update import OptimizerFactory
 from unisono.sync.whole import Whole
@@ -47,10 +49,16 @@ class Exact(Whole):
         optimizer: OptimizerFactory | None = None,
         bucket_mb: float = 4.0,
         leaves: int | None = None,
+        mesh: Mesh | None = None,
+        slices: Slices | None = None,
         timeout_s: float = 600.0,
     ) -> None:
-        """`leaves`: micro-batches of this replica in every step, summed in the fixed tree."""
-        super().__init__(model, ledger, optimizer)
+        """`leaves`: micro-batches of this replica in every step, summed in the fixed tree.
+
+        `mesh`: whose `shard` is 1; by default all ranks are replicas.
+        """
+        super().__init__(model, ledger, optimizer, mesh, slices)
+        self.can_give_up = not self.lockstep
         self.names = [n for n, _ in self.named]
         half = next((n for n, p in self.named if p.dtype in HALF), None)
         if leaves and half:
@@ -63,9 +71,11 @@ class Exact(Whole):
         self.bucket_bytes = int(bucket_mb * 2**20)
         # Three groups: the order of all-gathers against all-to-alls depends on timing.
         self._control = Group("control", ledger, timeout_s)
-        self._scatters = Group("scatter", ledger, timeout_s)
-        self._gathers = Group("gather", ledger, timeout_s)
-        self.replicas = self._control.size
+        holders = mesh.groups(*HOLDERS) if mesh else []
+        self._scatters = Group("scatter", ledger, timeout_s, parts=holders)
+        self._gathers = Group("gather", ledger, timeout_s, parts=holders)
+        self.replicas = self._scatters.size
+        """Ranks whose gradients are summed: replicas, each perhaps of several context ranks."""
         self._used = [False] * len(self.params)
         self._reached = [False] * len(self.params)
         self._order: list[int] = []
@@ -106,7 +116,7 @@ class Exact(Whole):
         with self.ledger.clock("communication"):
             if self._alone:
                 self._reset()
-                return list(values)
+                return self._control.sum(*values)
             scalars = torch.tensor([*values, *self._used], dtype=torch.float64)
             summing = self._control.all_reduce(scalars)
             for bucket in self._buckets[self._num_sent :]:
@@ -162,9 +172,9 @@ class Exact(Whole):
             for rank, row in reversed(list(enumerate(bucket.received))):
                 bad = (~torch.isfinite(row)).nonzero()
                 if len(bad):
-                    start = self._control.rank * len(row)
+                    start = self._scatters.rank * len(row)
                     i = bucket.index_at(start + int(bad[0]))
-                    return rank, "padding" if i is None else self.names[i]
+                    return self._scatters.ranks[rank], "padding" if i is None else self.names[i]
         return None
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ second instrumentation. A group of one communicates nothing and records nothing.
 Bytes are those that this rank sends, S being the whole tensor and n the ranks of the group:
 all-to-all and reduce-scatter S (n-1)/n, with uneven rows those that go to others; all-gather of a chunk S/n: S (n-1)/n;
 all-reduce 2 S (n-1)/n (the least for any algorithm; gloo's own may send more); broadcast: S (n-1)
-from the source.
+from the source; shift: S.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import CodeType
@@ -156,6 +156,20 @@ class Handle:
         self._work = None
 
 
+@dataclass(frozen=True)
+class _Works:
+    """Several works of torch as one."""
+
+    works: list[Any]
+
+    def is_completed(self) -> bool:
+        return all(w.is_completed() for w in self.works)
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
 def _lost(where: str, here: Whereabouts, error: RuntimeError) -> LostReplicas:
     """gloo's own words without its source file and its guesses."""
     backend = re.sub(r"^\[/\S+\] ", "", str(error).splitlines()[0]).partition(". This is typ")[0]
@@ -193,13 +207,22 @@ class Group:
         ledger: Ledger,
         timeout_s: float,
         existing: dist.ProcessGroup | None = None,
+        parts: Sequence[Sequence[int]] = (),
     ) -> None:
         """Collective: makes a process group of all ranks, unless there is an `existing` one.
 
-        That has `timeout_s` from here on; torch's own default is half an hour.
+        With `parts`, lists of ranks that every rank gives alike, one for each, of which this is its
+        own. An existing group has `timeout_s` from here on; torch's own default is half an hour.
         """
         self.name, self.ledger = name, ledger
+        alone = bool(parts) and max(map(len, parts)) == 1
+        if len(parts) > 1 and not alone:
+            existing = _own_of(parts, timeout_s)
         self.size, self.rank = dist.get_world_size(existing), dist.get_rank(existing)
+        self.ranks: tuple[int, ...] = tuple(range(self.size))
+        """Of all ranks, those in the group."""
+        if alone:
+            self.size, self.rank, self.ranks = 1, 0, (dist.get_rank(),)
         self._sequence = 0
         # Weak: torch's own reference is the only one, so that leaving the replicas ends the group's
         # threads. One that still ran while the interpreter shuts down would abort the process.
@@ -212,9 +235,9 @@ class Group:
                 _set_pg_timeout(timedelta(seconds=timeout_s), existing)
             self._reference = weakref.ref(group)
             # torch gives a group the same name on all its ranks; disjoint ones may share one.
-            ranks = tuple(dist.get_process_group_ranks(group))
-            key = f"{name}/{group.group_name}/{ranks[0]}"
-            self._position = Position(key, ranks)
+            self.ranks = tuple(dist.get_process_group_ranks(group))
+            key = f"{name}/{group.group_name}/{self.ranks[0]}"
+            self._position = Position(key, self.ranks)
             ledger.whereabouts.positions[key] = self._position
 
     def _issue(
@@ -282,6 +305,35 @@ class Group:
         to_other = [0, 0]
         to_other[1 - self.rank] = sent.numel()
         return self.all_to_all_rows(received.view(-1), sent.view(-1), to_other, to_other)
+
+    def shift(self, received: torch.Tensor, sent: torch.Tensor, by: int) -> Handle:
+        """Collective: `sent` goes `by` ranks on, `received` comes from as far behind; both contiguous.
+
+        Only the two ranks of a transfer meet. Their sizes may differ from other ranks'; where nothing
+        is sent, no message goes. `by` is the same on every rank.
+        """
+        to, source = (self.rank + by) % self.size, (self.rank - by) % self.size
+        if to == self.rank:
+            received.view(-1).copy_(sent.view(-1))
+        return self._issue(
+            "shift",
+            0 if to == self.rank else _nbytes(sent),
+            sent,
+            lambda: self._messages(received, sent, to, source),
+            alike=False,
+        )
+
+    def _messages(
+        self, received: torch.Tensor, sent: torch.Tensor, to: int, source: int
+    ) -> "_Works":
+        group, tag = self._group, self._sequence
+        messages = [(dist.irecv, received, source), (dist.isend, sent, to)]
+        operations = [
+            dist.P2POp(call, tensor, group=group, tag=tag, group_peer=peer)
+            for call, tensor, peer in messages
+            if tensor.numel() and peer != self.rank
+        ]
+        return _Works(dist.batch_isend_irecv(operations) if operations else [])
 
     def all_gather(self, whole: torch.Tensor, chunk: torch.Tensor) -> Handle:
         """Collective: `whole` becomes the chunks of all ranks in rank order."""
@@ -353,6 +405,14 @@ class Group:
         table = torch.empty(self.size, len(values), dtype=torch.float64)
         self.all_gather(table, torch.tensor(values, dtype=torch.float64)).wait()
         return table
+
+
+def _own_of(parts: Sequence[Sequence[int]], timeout_s: float) -> dist.ProcessGroup:
+    """Every rank makes all groups, in the same order, and keeps its own."""
+    timeout, rank = timedelta(seconds=timeout_s), dist.get_rank()
+    with yielding_threads():
+        made = [dist.new_group(list(part), timeout=timeout) for part in parts]
+    return next(group for group, part in zip(made, parts, strict=True) if rank in part)
 
 
 @contextlib.contextmanager

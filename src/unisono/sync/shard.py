@@ -241,6 +241,13 @@ class Shard:
         wide = torch.float64 if part.dtype == torch.float64 else torch.float32
         self.norm = torch.linalg.vector_norm(part, dtype=wide).double()
 
+    def sum_of(self, place: int) -> torch.Tensor:
+        """This rank's part of the sum of one parameter."""
+        part = self.total if self.sums is None else self.sums[self.rank]
+        assert part is not None
+        at, begin, end = self.spans[place]
+        return part[at : at + end - begin]
+
     @property
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.norm))

@@ -1,14 +1,14 @@
 """Parameters, gradients and optimizer state each on one rank of a group, for models that do not fit.
 
-PyTorch's FSDP2 (`fully_shard`) decides when to gather and when to reduce. The mesh is `replica x
-shard`: row r holds the ranks r*n ... r*n+n-1, which share one copy of the model; rank i of a row holds
-rows [i*c, (i+1)*c), c = ceil(rows/n), of every parameter. Every repeated block (an element of a
+PyTorch's FSDP2 (`fully_shard`) decides when to gather and when to reduce. Of the mesh (mesh.py) it sees
+`replica` rows of n = shard x context ranks, for each tensor rank by itself: a row shares one copy of the
+model, or of its slices; rank i of a row holds rows [i*c, (i+1)*c), c = ceil(rows/n), of every parameter. Every repeated block (an element of a
 ModuleList) is one unit of communication, what is left of the model another.
 
 Gradients are sums over all ranks, as the losses are sums over tokens; `update` divides once. The sum
 over a row is taken in the fixed tree of sync/tree.py, the one over replicas is the backend's.
 
-Bytes that a rank sends per step of m micro-batches, for n = shard, r = replica, and the float32
+Bytes that a rank sends per step of m micro-batches, for r = replica, and the float32
 bytes, filled up to multiples of n rows: B of the blocks, L of the last of them, R of the rest, S of
 what is trained:
 
@@ -30,10 +30,9 @@ ranks run end in an error or in the timeout, never in wrong weights: `finish` co
 """
 
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,10 +44,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from unisono.errors import ConfigError, ReplicaError
+from unisono.mesh import Mesh
 from unisono.sync.digest import fingerprint
-from unisono.sync.ledger import Group, Handle, Ledger
+from unisono.sync.ledger import Group, Ledger
 from unisono.sync.parts import Parts
-from unisono.sync.tree import tree_sum
+from unisono.sync.slices import Slices
+from unisono.sync.traffic import Gather, Scatter, Traffic
 from unisono.sync.update import (
     MASTER,
     OptimizerFactory,
@@ -60,8 +61,6 @@ from unisono.sync.update import (
     step,
 )
 
-UNDER_WAY = 2
-"""Blocks whose sums may be under way at once; each holds its gradients twice."""
 _ORDER = 1 << 20
 
 
@@ -82,22 +81,26 @@ class Sharded:
         ledger: Ledger,
         *,
         optimizer: OptimizerFactory,
-        mesh: Sequence[int] | None = None,
+        mesh: Mesh | None = None,
+        slices: Slices | None = None,
         timeout_s: float = 600.0,
     ) -> None:
+        """`mesh`: by default all ranks shard. `slices`: what this rank's model holds of each parameter."""
         self.model = model
+        self.slices = slices or Slices()
         self._root: Any = model
         self.ledger = ledger
         named = list(model.named_parameters())
         _check(named)
         self._control = Group("control", ledger, timeout_s)
-        axes = _mesh(mesh, self._control.size)
+        self._mesh = mesh or Mesh(shard=self._control.size)
+        axes = self._mesh.replica, self._mesh.shard * self._mesh.context, self._mesh.tensor
         device = _device(named[0][1])
-        ranks = init_device_mesh(device, axes, mesh_dim_names=("replica", "shard"))
+        ranks = init_device_mesh(device, axes, mesh_dim_names=("replica", "shard", "tensor"))
         self._replica = Group("replica", ledger, timeout_s, ranks.get_group("replica"))
         self._shard = Group("shard", ledger, timeout_s, ranks.get_group("shard"))
         self.parts = Parts("rank" if self._control.size > 1 else "half")
-        self._traffic = _Traffic(self._shard, self._replica, device != "cpu", self.parts)
+        self._traffic = Traffic(self._shard, self._replica, device != "cpu", self.parts)
         self._order = 0
         self._used: set[str] = set()
 
@@ -136,8 +139,8 @@ class Sharded:
             # Tells an order from another one, which a sum of indices does not.
             self._order = (self._order * 31 + 2 * index + kind + 1) % _ORDER
 
-        unit.set_custom_all_gather(_Gather(self._traffic, came))
-        unit.set_custom_reduce_scatter(sums := _Scatter(self._traffic, came))
+        unit.set_custom_all_gather(Gather(self._traffic, came))
+        unit.set_custom_reduce_scatter(sums := Scatter(self._traffic, came))
         if self._replica.size > 1:
             unit.set_all_reduce_hook(sums.over_replicas)
         # Else it averages over ranks, which is not what `update` divides.
@@ -193,10 +196,11 @@ class Sharded:
         """
         for name, p in self._named:
             self._local[name].grad = None if p.grad is None else p.grad.to_local()
-        grads = [p.grad for p in self._local.values() if p.grad is not None]
-        mine = global_norm(grads)
-        with self.ledger.clock("communication"):
-            squares = self._control.each(mine * mine)[: self._shard.size, 0]
+        named = [(n, p.grad) for n, p in self._local.items() if p.grad is not None]
+        grads = [g for _, g in named]
+        mine = global_norm([g for n, g in named if self.slices.counts(n)])
+        with self.ledger.clock("communication"):  # of one copy: the first ranks
+            squares = self._control.each(mine * mine)[: self._mesh.size // self._mesh.replica, 0]
         norm = math.sqrt(sum(squares.tolist())) / divide_by
         committed = is_finite(norm)
         if committed:
@@ -237,16 +241,15 @@ class Sharded:
     def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Collective: fingerprints of weights and optimizer state of this rank's row of the mesh.
 
-        A single row has no equal.
+        A single row has no equal, but for what is on all of its tensor ranks.
         """
-        if self._replica.size == 1:
+        if self._mesh.replica * self._mesh.tensor == 1:
             return
         shards = [*self._local.items(), *self._states()]
         mine = torch.stack([fingerprint(t) for _, t in shards])
         row = mine.new_empty(self._shard.size, *mine.shape)
         self._shard.all_gather(row, mine).wait()
-        for i, (name, _) in enumerate(shards):
-            yield name, row[:, i]
+        yield from self.slices.alike((name, row[:, i]) for i, (name, _) in enumerate(shards))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Collective: whole parameters on rank 0's CPU, tied ones as one, and the buffers."""
@@ -258,7 +261,8 @@ class Sharded:
                 state[key] = value
                 continue
             if id(value) not in seen:
-                whole = self._gather(value.to_local().detach(), value.shape)
+                held = self._gather(value.to_local().detach(), value.shape)
+                whole = self.slices.whole(key, held)
                 seen[id(value)] = whole.cpu() if self._control.rank == 0 else whole[:0]
             if self._control.rank == 0:
                 state[key] = seen[id(value)]
@@ -270,7 +274,8 @@ class Sharded:
         for key, value in self._states():
             name = key.partition(".")[2]
             split = value.shape == self._local[name].shape
-            yield key, self._gather(value, shapes[name]) if split else value
+            held = self._gather(value, shapes[name]) if split else value
+            yield key, self.slices.whole(key, held)
 
     def _states(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, p in self._local.items():
@@ -283,9 +288,9 @@ class Sharded:
         """Put back what `optimizer_state` of any strategy gave. Each rank takes its own part."""
         self.settle()
         shapes = {name: p.shape for name, p in self._named}
-        for key, value in tensors.items():
+        for key, whole in tensors.items():
             state, _, name = key.partition(".")
-            p = self._local[name]
+            p, value = self._local[name], self.slices.part(key, whole)
             if value.shape == shapes[name]:
                 value = value[self._rows(len(value))]
             if state == MASTER:
@@ -367,151 +372,3 @@ def _check(named: list[tuple[str, Parameter]]) -> None:
 
 def _device(parameter: Parameter) -> str:
     return "cuda" if "nccl" in str(dist.get_backend_config()) else parameter.device.type
-
-
-def _mesh(mesh: Sequence[int] | None, size: int) -> tuple[int, int]:
-    replica, shard = mesh or (1, size)
-    if replica * shard != size:
-        raise ConfigError(
-            f"mesh: found {replica} x {shard} (replica x shard), which is not the number of "
-            f"replicas, {size}"
-        ).on_every_rank()
-    return replica, shard
-
-
-@dataclass(slots=True)
-class _Sum:
-    output: torch.Tensor
-    handle: Handle
-    received: torch.Tensor | None
-    """Every rank's contribution, if `output` is still to be made of them."""
-
-
-class _Traffic:
-    """What is under way while a step computes: gradient sums, until `complete`."""
-
-    def __init__(self, shard: Group, replica: Group, at_once: bool, parts: Parts) -> None:
-        self.shard, self.replica, self.parts = shard, replica, parts
-        self.at_once = at_once
-        """A GPU's streams overlap by themselves; there only the stream waits."""
-        self.in_step = False
-        self.reduced: set[int] = set()
-        """Units that have reduced in this step: FSDP adds what comes now to what came then."""
-        self._under_way: deque[_Sum] = deque()
-        self._over_replicas: list[Handle] = []
-
-    def scatter(self, output: torch.Tensor, sent: torch.Tensor, unit: int) -> None:
-        self.parts.add(sent)
-        if self.at_once:
-            self.shard.reduce_scatter(output, sent).wait()
-            return
-        received = torch.empty_like(sent)
-        handle = self.shard.all_to_all(received, sent)
-        self._add(_Sum(output, handle, received), unit)
-
-    def over_replicas(self, output: torch.Tensor, unit: int) -> None:
-        if self.shard.size == 1:  # nothing was scattered
-            self.parts.add(output)
-        if self.shard.size > 1 and not self.at_once:
-            return  # as soon as the sum over the row is there
-        handle = self.replica.all_reduce(output)
-        if self.at_once:
-            handle.wait()
-        else:
-            self._add(_Sum(output, handle, None), unit)
-
-    def standing_still(self) -> AbstractContextManager[None]:
-        """Inside of a step's computation; an evaluation keeps its time."""
-        return self.shard.ledger.clock("communication") if self.in_step else nullcontext()
-
-    def _add(self, new: _Sum, unit: int) -> None:
-        self._under_way.append(new)
-        if unit in self.reduced:
-            self.complete()
-        self.reduced.add(unit)
-        while len(self._under_way) > UNDER_WAY:
-            self._land()
-
-    def _land(self) -> None:
-        oldest = self._under_way.popleft()
-        with self.standing_still():
-            oldest.handle.wait()
-            if oldest.received is None:
-                return
-            oldest.output.copy_(tree_sum(list(oldest.received.view(self.shard.size, -1))))
-        if self.replica.size > 1:
-            self._over_replicas.append(self.replica.all_reduce(oldest.output))
-
-    @torch.no_grad()
-    def complete(self) -> None:
-        while self._under_way:
-            self._land()
-        with self.standing_still():
-            for handle in self._over_replicas:
-                handle.wait()
-        self._over_replicas.clear()
-
-
-class _Allocated:
-    """What FSDP asks of a collective of one's own, besides the call."""
-
-    def allocate(
-        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class _Gather(_Allocated):
-    """A unit's parameters from the ranks of its row."""
-
-    def __init__(self, traffic: _Traffic, came: Callable[[int], None]) -> None:
-        self._traffic, self._came = traffic, came
-
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: Any,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        self._came(0)
-        handle = self._traffic.shard.all_gather(output_tensor, input_tensor)
-        if not self._traffic.at_once:
-            return _Arrival(handle, self._traffic)
-        handle.wait()
-        return None
-
-
-class _Arrival(dist.Work):
-    """A handle as FSDP waits for it: where the parameters are needed."""
-
-    def __init__(self, handle: Handle, traffic: _Traffic) -> None:
-        super().__init__()
-        self._handle, self._traffic = handle, traffic
-
-    def wait(self, timeout: Any = None) -> bool:
-        with self._traffic.standing_still():
-            self._handle.wait()
-        return True
-
-
-class _Scatter(_Allocated):
-    """A unit's gradient sums, each rank's rows to it."""
-
-    def __init__(self, traffic: _Traffic, came: Callable[[int], None]) -> None:
-        self._traffic, self._came = traffic, came
-
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: Any,
-        op: Any,
-        async_op: bool = False,
-    ) -> None:
-        self._came(1)
-        self._traffic.scatter(output_tensor, input_tensor, id(self))
-
-    def over_replicas(self, output: torch.Tensor) -> None:
-        self._came(1)
-        self._traffic.over_replicas(output, id(self))

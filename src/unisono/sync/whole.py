@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from unisono.mesh import Mesh
 from unisono.sync.ledger import Ledger
+from unisono.sync.slices import Slices
 from unisono.sync.update import (
     MASTER,
     OptimizerFactory,
     Update,
     by_dimension,
     clip_factor,
-    global_norm,
     is_finite,
     step,
 )
@@ -27,13 +28,19 @@ from unisono.sync.update import (
 class Whole:
     """The half of a strategy that is its optimizer, on all parameters."""
 
-    lockstep = False
     can_give_up = True
 
     def __init__(
-        self, model: nn.Module, ledger: Ledger, optimizer: OptimizerFactory | None
+        self,
+        model: nn.Module,
+        ledger: Ledger,
+        optimizer: OptimizerFactory | None,
+        mesh: Mesh | None = None,
+        slices: Slices | None = None,
     ) -> None:
         """Without an `optimizer` there is no `update`: a loop of one's own has its own."""
+        self.lockstep = mesh is not None and mesh.inner > 1
+        self.slices = slices or Slices()
         self.model = model
         self.ledger = ledger
         self.named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -46,10 +53,11 @@ class Whole:
 
     @torch.no_grad()
     def update(self, *, divide_by: float, max_norm: float, learning_rate: float) -> Update:
-        """Divide the gradient sums, clip their global norm, step the optimizer, drop gradients."""
+        """Collective: divide the gradient sums, clip their global norm, step the optimizer, drop gradients."""
         assert self._optimizer is not None
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norm = global_norm(grads) / divide_by
+        named = [(n, p.grad) for n, p in self.named if p.grad is not None]
+        grads = [g for _, g in named]
+        norm = self.slices.norm(named) / divide_by
         committed = is_finite(norm)
         if committed:
             torch._foreach_mul_(grads, clip_factor(norm, divide_by, max_norm))
@@ -77,16 +85,19 @@ class Whole:
             p.grad = None
 
     def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights and optimizer state."""
-        yield from self.named
-        yield from self.optimizer_state()
+        """Collective: weights and optimizer state."""
+        yield from self.slices.alike([*self.named, *self._states()])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The model's whole state dict."""
-        return dict(self.model.state_dict())
+        """Collective: the model's whole state dict; of slices, on rank 0."""
+        return self.slices.state_dict(self.model.state_dict())
 
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(state.parameter, tensor) of every tensor of the optimizer's state, in a fixed order."""
+        """Collective: (state.parameter, whole tensor) of the optimizer's state, in a fixed order."""
+        for key, value in self._states():
+            yield key, self.slices.whole(key, value)
+
+    def _states(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, p in self.named if self._optimizer else ():
             assert self._optimizer is not None
             for key, value in sorted(self._optimizer.state.get(p, {}).items()):
@@ -98,9 +109,9 @@ class Whole:
         """Put a saved state back. Keys and shapes must be this model's."""
         assert self._optimizer is not None
         by_name = dict(self.named)
-        for key, value in tensors.items():
+        for key, whole in tensors.items():
             state, _, name = key.partition(".")
-            p = by_name[name]
+            p, value = by_name[name], self.slices.part(key, whole)
             if state == MASTER:
                 p.copy_(value)
             else:

@@ -38,6 +38,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from unisono.errors import UnisonoError
+from unisono.mesh import HOLDERS, Mesh
 from unisono.sync.bucket import Layout, group_by_size
 from unisono.sync.exact import Exact, refuse_second
 from unisono.sync.forward import Watch
@@ -45,6 +46,7 @@ from unisono.sync.ledger import Group, Ledger
 from unisono.sync.parts import Parts
 from unisono.sync.rows import Rows, Table
 from unisono.sync.shard import Shard
+from unisono.sync.slices import Slices
 from unisono.sync.update import (
     MASTER,
     OptimizerFactory,
@@ -77,9 +79,6 @@ class Zero:
     Collective: every rank makes it with the same arguments.
     """
 
-    lockstep = False
-    can_give_up = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -90,12 +89,18 @@ class Zero:
         wire: str = "float32",
         tables: bool = True,
         layout: Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
+        slices: Slices | None = None,
         timeout_s: float = 600.0,
     ) -> None:
         """`wire`: float32 or bfloat16. `tables`: large embeddings travel as in sync/rows.py, and
         their optimizer state is on every rank. `layout`: what `layout()` returned for the same model.
+        `mesh`: whose `shard` is 1; by default all ranks are replicas.
         """
         self.model, self.ledger = model, ledger
+        self.lockstep = mesh is not None and mesh.inner > 1
+        self.can_give_up = not self.lockstep
+        self.slices = slices or Slices()
         self.named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.names, self.params = [n for n, _ in self.named], [p for _, p in self.named]
         self.bucket_bytes = int(bucket_mb * 2**20)
@@ -104,11 +109,12 @@ class Zero:
         self._wire = torch.bfloat16 if wire == "bfloat16" else None
         # Groups of their own: what is issued in one of them would wait behind the others' traffic.
         self._control = Group("control", ledger, timeout_s)
-        self._scatters = Group("scatter", ledger, timeout_s)
-        self._gathers = Group("gather", ledger, timeout_s)
-        self._returned_sums = Group("sum", ledger, timeout_s)
-        self._row_group = Group("rows", ledger, timeout_s)
-        self.replicas, self.rank = self._control.size, self._control.rank
+        holders = mesh.groups(*HOLDERS) if mesh else []
+        self._scatters = Group("scatter", ledger, timeout_s, parts=holders)
+        self._gathers = Group("gather", ledger, timeout_s, parts=holders)
+        self._returned_sums = Group("sum", ledger, timeout_s, parts=holders)
+        self._row_group = Group("rows", ledger, timeout_s, parts=holders)
+        self.replicas, self.rank = self._scatters.size, self._scatters.rank
         assert self.replicas > 1
         self.parts = Parts("rank")
         self._dense: dict[int, torch.Tensor] = {}
@@ -128,7 +134,9 @@ class Zero:
             self._learned = {k: list(layout[k]) for k in LAYOUT}
             self._start()
         else:
-            self._first = Exact(model, ledger, bucket_mb=bucket_mb, timeout_s=timeout_s)
+            self._first = Exact(
+                model, ledger, bucket_mb=bucket_mb, mesh=mesh, slices=slices, timeout_s=timeout_s
+            )
             self._first.parts = self.parts
 
     def _clear(self) -> None:
@@ -268,15 +276,15 @@ class Zero:
         return self._culprit
 
     def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights, and the optimizer state of large embeddings. The rest is on one rank each."""
+        """Collective: weights, and the optimizer state of large embeddings. The rest is on one rank each."""
         self.settle()
-        yield from self.named
-        yield from self._state_of([s for s in self._shards if s.whole])
+        whole = self._state_of([s for s in self._shards if s.whole])
+        yield from self.slices.alike([*self.named, *whole])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The model's whole state dict."""
+        """Collective: the model's whole state dict; of slices, on rank 0."""
         self.settle()
-        return dict(self.model.state_dict())
+        return self.slices.state_dict(self.model.state_dict())
 
     @torch.no_grad()
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -284,7 +292,8 @@ class Zero:
         self.settle()
         if self._saved is not None:  # loaded, and laid out in the first update
             yield from self._saved.items()
-        yield from self._state_of(self._shards)
+        for key, value in self._state_of(self._shards):
+            yield key, self.slices.whole(key, value)
 
     @torch.no_grad()
     def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -294,7 +303,7 @@ class Zero:
             self._saved = tensors
             return
         for key, value in tensors.items():
-            self._load(key, value)
+            self._load(key, self.slices.part(key, value))
 
     def layout(self) -> dict[str, Any]:
         """What the first step learned, for a resume; empty before."""
@@ -468,12 +477,18 @@ class Zero:
             self._returns_sum.pop(0)
 
     def _square_of_sums(self) -> float:
+        """Of this rank's rows, but for what another tensor rank counts."""
         norms = torch.stack([s.norm for s in self._shards]) if self._shards else torch.zeros(0)
-        return float(norms.square().sum())
+        others = [
+            shard.sum_of(place)
+            for i, (shard, place) in enumerate(self._places)
+            if not self.slices.counts(self.names[i])
+        ]
+        return float(norms.square().sum()) - global_norm(others) ** 2
 
     def _blame(self, rank: int, shard: Shard) -> None:
         i = shard.first_not_finite()
-        self._culprit = (rank, self.names[i]) if i is not None else None
+        self._culprit = (self._scatters.ranks[rank], self.names[i]) if i is not None else None
 
     # --- layout
 
@@ -483,7 +498,9 @@ class Zero:
         A step that was given up has taught nothing, nor one that is not finite: False.
         """
         gradients = [p.grad for p in self.params]
-        norm = global_norm([g for g in gradients if g is not None])
+        norm = self.slices.norm(
+            (name, g) for name, g in zip(self.names, gradients, strict=True) if g is not None
+        )
         if not is_finite(norm):
             self._culprit = first.blame()
             self.discard()

@@ -105,7 +105,7 @@ def _handle_trouble(job: Job, outcome: Outcome, error: BaseException | None) -> 
             f"rank {rank} ran out of memory in step {job.progress.step + 1} with micro-batches of "
             f"{size}; {memory_advice()}"
         ).on_every_rank()
-    job.plan = with_micro_batch(job.plan, job.config, job.world, -(-size // 2))
+    job.plan = with_micro_batch(job.plan, job.config, -(-size // 2))
     job.screen.warn(
         f"step {job.progress.step + 1}: rank {rank} ran out of memory; micro-batches of "
         f"{job.plan.micro_batch_size} instead of {size} from here on, the global batch stays "

@@ -139,6 +139,8 @@ def _larger(plan: Plan, config: Config) -> str:
 
 
 def _why_unknown(plan: Plan) -> str:
+    if plan.mesh.inner > 1:
+        return "ranks that share samples have no gradient of their own ones to compare"
     if plan.replicas == 1 and plan.accumulation == 1:
         return (
             "one replica with one micro-batch a step has nothing to compare; a smaller "

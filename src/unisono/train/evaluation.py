@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from unisono.data.blocks import NO_LABEL, Batch, Blocks
+from unisono.mesh import Mesh
 from unisono.sync.ledger import Group
 from unisono.train.trial import is_out_of_memory
 
@@ -43,14 +44,18 @@ def evaluate(
     most_rows: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     lockstep: bool = False,
+    mesh: Mesh | None = None,
 ) -> Evaluation | None:
     """Collective: evaluate on the first `most_rows` samples, or all. None when `stop` said so.
 
     The loss is NaN when memory ran out on any rank. With `lockstep`, where forward passes
     communicate, a rank without a batch repeats the last one and counts nothing, and memory that runs
-    out ends the run.
+    out ends the run. `mesh`: by default every rank has samples of its own.
     `batch_rows`: what surely fits into memory, a micro-batch; MOST_ROWS at most are used.
     """
+    mesh = mesh or Mesh(replica=group.size)
+    # As in train/step.py.
+    tells, leads = mesh.tensor_rank(group.rank) == 0, mesh.leads(group.rank)
     rows = len(blocks) if most_rows is None else min(most_rows, len(blocks))
     size = min(MOST_ROWS, batch_rows)
     batches = math.ceil(rows / size)
@@ -60,10 +65,10 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad():
-            for round_ in range(math.ceil(batches / group.size)):
+            for round_ in range(math.ceil(batches / mesh.data)):
                 if round_ % ROUNDS_BETWEEN_VOTES == 0 and group.sum(float(stop()))[0]:
                     return None
-                index = round_ * group.size + group.rank
+                index = round_ * mesh.data + mesh.data_rank(group.rank)
                 if no_memory or (index >= batches and not lockstep):
                     continue
                 first = min(index, batches - 1) * size
@@ -75,9 +80,10 @@ def evaluate(
                         raise
                     no_memory = True
                     continue
-                if index < batches:
+                if index < batches and tells:
                     sums[index] = loss
-                    sums[batches + index] = float((batch.labels[:, 1:] != NO_LABEL).sum())
+                    targets = (batch.labels[:, 1:] != NO_LABEL).sum()
+                    sums[batches + index] = float(targets) if leads else 0.0
     finally:
         model.train(was_training)
     *totals, ranks_without = group.sum(*sums, float(no_memory))

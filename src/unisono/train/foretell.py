@@ -7,7 +7,8 @@ makes a step of them. At the end the measurement is written beside it; the forec
 touched again.
 """
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,25 +93,36 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     width = job.model.get_input_embeddings().weight.shape[-1]
     peak = int(votes.each(float(peak_memory_bytes(world.device))).max())
     probe = job.probe
+    mesh, system, across_s = plan.mesh, _system(job), 0.0
+    holders = mesh.holders
+    if system == "sharded":
+        if mesh.replica * mesh.tensor > 1 or mesh.context > 1:
+            return "sharded on a mesh of several axes is not foretold"
+        holders = mesh.shard
+    if mesh.inner > 1 and job.config.baseline_steps:
+        # Ranks that share samples: what one alone would take is not to be had.
+        compute_s, across_s = _shared_pass(job)
+        baseline, probe = Baseline(compute_s, compute_s), None
     passes, passes_from = _passes(job, baseline, probe, tensors, rate)
     if passes is None:
         return passes_from
+    if mesh.inner > 1:
+        passes_from = "micro-batches timed at the start, over the ranks that share them"
     per_core = max(1.0, world.local_size * (world.threads or 1) / cores())
     if probe:  # what it measured was shared already
         per_core /= max(1.0, probe.per_node * probe.threads / cores())
-    lanes, lanes_from = _lanes(probe, link, world.size, world.device, per_core)
-    system = _system(job)
-    shard = world.size
-    if plan.mesh:
-        shard = plan.mesh[1]
-        if plan.mesh[0] > 1:
-            return "sharded over several copies is not foretold"
+    lanes, lanes_from = _lanes(probe, link, holders, world.device, per_core)
     step = foretell(
-        system, tensors, passes, lanes, shard,
+        system, tensors, passes, lanes, holders,
         wire_bytes=2 if job.config.wire == "bfloat16" else 4, bucket_bytes=plan.bucket_mb * 2**20,
-        rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches)) + Meter.TOLD,
+        rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches, 0)) + Meter.TOLD,
         gloo=world.device == "cpu",
     )  # fmt: skip
+    step = replace(
+        step,
+        communication=step.communication + plan.accumulation * across_s,
+        sent_bytes=step.sent_bytes + plan.across_bytes_per_step,
+    )
     alone_s = plan.accumulation * (passes.forward_s + passes.backward_s) + passes.optimizer_s
     if baseline:
         alone_s = plan.accumulation * baseline.alone_s + step.optimizer
@@ -122,6 +134,25 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
         peak + _state_bytes(job, tensors, system),
         {"pass": passes_from, "link": lanes_from},
     )
+
+
+def _shared_pass(job: Job) -> tuple[float, float]:
+    """Collective: (compute, exposed communication) seconds of a micro-batch, mean over ranks."""
+    rows = [k % len(job.train_blocks) for k in range(job.plan.micro_batch_size)]
+    batch, clock = job.train_blocks.read(rows), job.ledger.clock
+    found: list[tuple[float, float]] = []
+    for _ in range(job.config.baseline_steps + 1):
+        before = clock.read()
+        with clock("compute"), job.sync.micro_batch(last=False):
+            job.loss_sum(batch).backward()
+        job.sync.discard()
+        after = clock.read()
+        spent = [after.get(p, 0.0) - before.get(p, 0.0) for p in ("compute", "communication")]
+        found.append((spent[0], spent[1]))
+    warm = found[1:]
+    compute_s, across_s = (statistics.median(times) for times in zip(*warm, strict=True))
+    means = job.votes.each(compute_s, across_s).mean(dim=0).tolist()
+    return means[0], means[1]
 
 
 def _system(job: Job) -> System:
@@ -189,7 +220,9 @@ def _tensors(job: Job) -> Tensors:
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     rest = [p for _, p in trained if p is not embedding]
     table = len(embedding) * embedding.shape[1] if len(rest) < len(trained) else 0
-    over = (job.plan.mesh or (1, 1))[1]  # whose multiples FSDP fills rows up to
+    over = (
+        job.plan.mesh.shard * job.plan.mesh.context if _system(job) == "sharded" else 1
+    )  # whose multiples FSDP fills rows up to
 
     def values(p: torch.Tensor) -> int:
         return -(-len(p) // over) * over * (p.numel() // len(p)) if p.dim() else 1
@@ -221,9 +254,9 @@ def _rows_looked_up(job: Job) -> int | None:
 
     None where a rank could not read them: the step itself will say so.
     """
-    feed, m = job.feed, job.plan.accumulation
+    feed = job.feed
     first, last = job.progress.step, min(job.plan.max_steps, job.progress.step + LOOKED_AT)
-    leaves = range(job.world.rank * m, (job.world.rank + 1) * m)
+    leaves = job.plan.leaves(job.world.rank)
     counts = [0.0] * (last - first)
     failed = False
     try:
@@ -241,7 +274,9 @@ def _state_bytes(job: Job, tensors: Tensors, system: System) -> int:
     moments = {"adamw": 2, "sgd": int(job.config.momentum > 0)}[job.config.optim]
     if job.progress.step:  # resumed: it is there
         return 0
-    own = {"whole": 1.0, "ddp": 1.0}.get(system, 1 / (job.plan.mesh or (1, job.world.size))[1])
+    mesh = job.plan.mesh
+    owners = {"whole": 1, "ddp": 1, "sharded": mesh.shard * mesh.context}.get(system, mesh.holders)
+    own = 1 / owners
     narrow = system == "shards" and job.config.wire == "bfloat16"
     sharded = sum(tensors.sizes) + (0 if system == "shards" else tensors.table)
     whole = tensors.table if system == "shards" else 0

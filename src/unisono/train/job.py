@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from unisono.attention.choose import Choice, choose
 from unisono.config import Config
 from unisono.data.blocks import Batch, Blocks
 from unisono.data.order import Order
@@ -22,15 +23,20 @@ from unisono.data.tokenizer import check_vocabulary, load_tokenizer
 from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoError
 from unisono.files import write_json
 from unisono.forecast.probe import Probe
+from unisono.mesh import Divided, Mesh
 from unisono.model.load import load_model
+from unisono.observe.flops import Flops, count
 from unisono.observe.noise import Meter
 from unisono.observe.screen import Screen
-from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan
+from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan, mesh_of
 from unisono.sync import Strategy, broadcast_model, make_strategy
 from unisono.sync.digest import sha256_of_each
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.link import BUSY_S, Link, measure_link
+from unisono.sync.slices import Slices
+from unisono.sync.tensor import apply, divide
 from unisono.train import checkpoint, tuning
+from unisono.train.context import Parts, asked_attention, make_parts, with_context
 from unisono.train.known import find_probe, link_of
 from unisono.train.objective import causal_lm
 from unisono.train.state import load_optimizer, optimizer_factory
@@ -87,6 +93,10 @@ class Job:
     order: Order
     sync: Strategy
     plan: Plan
+    flops: Flops
+    """Of the whole model."""
+    parts: Parts | None = None
+    """Of sequences, where the context axis has several ranks."""
     progress: Progress = field(default_factory=Progress)
     link: Link | None = None
     """As measured at the start, or by a probe; None where nothing was decided by it."""
@@ -112,7 +122,13 @@ class Job:
         return _identity(self.prepared)
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
-        return causal_lm(self.sync.model, batch, self.world.device, self.config.bf16)
+        """Of `batch`, or of this rank's part of its sequences."""
+        model, device, bf16 = self.sync.model, self.world.device, self.config.bf16
+        if self.parts is None:
+            return causal_lm(model, batch, device, bf16)
+        part = self.parts.of(batch)
+        with self.parts.reaching(part):
+            return causal_lm(model, part, device, bf16)
 
 
 def set_up(
@@ -126,13 +142,14 @@ def set_up(
             "report_to: found 'tensorboard', which is not installed; "
             "pip install 'unisono[tensorboard]'"
         ).on_every_rank()
+    mesh = mesh_of(config, world.size)
     _same_threads(votes, screen)
     run = Path(config.output_dir)
     tokenizer, prepared = _prepare_data(config, world, screen, ledger, run)
     train_blocks, eval_blocks = prepared.blocks("train"), prepared.blocks("eval")
     found = _find_checkpoint(config, run, _identity(prepared), world, votes, screen)
 
-    def build_model() -> "PreTrainedModel":
+    def build_model() -> "tuple[PreTrainedModel, Choice]":
         model = load_model(
             str(found.path) if found else config.model,
             tokenizer,
@@ -141,13 +158,19 @@ def set_up(
             gradient_checkpointing=config.gradient_checkpointing,
         )
         check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
-        return model
+        return model, choose(model, asked_attention(config, mesh), world.device)
 
-    model = attempt(votes, build_model)
-    assert model is not None
-    if config.sync != "sharded":  # which takes its part to the device
+    built = attempt(votes, build_model)
+    assert built is not None
+    model, attention = built
+    # What is divided need never be whole on a device: slices go there, and FSDP's parts.
+    whole = config.sync != "sharded"
+    if whole and mesh.tensor == 1:
         model.to(world.device)
     broadcast_model(model, votes)
+    division = attempt(votes, lambda: divide(model, mesh.tensor)) if mesh.tensor > 1 else None
+    if division and division.note:
+        screen.say(f"tensor: {division.note}", "dim")
 
     trained = [p for p in model.parameters() if p.requires_grad]
     facts = Facts(
@@ -156,6 +179,9 @@ def set_up(
         gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
         train_samples=len(train_blocks),
         eval_samples=len(eval_blocks),
+        divided=division.divided if division else Divided(),
+        once=_kept(model) if config.sync == "sharded" else 0.0,
+        attention=(attention.name, attention.reason),
     )
     strict = config.determinism == "strict"
     largest = largest_micro_batch(config, world)
@@ -164,7 +190,8 @@ def set_up(
     plan = make_plan(config, world, facts, min(rows, largest))
     probe = attempt(votes, lambda: find_probe(config, world, screen.warn), world.is_main)
     link = _link(config, world, votes, probe)
-    if link and plan.shard_optimizer and config.shard_optimizer == "auto":
+    # A pass that communicates is not what one rank does alone.
+    if link and plan.shard_optimizer and config.shard_optimizer == "auto" and mesh.inner == 1:
         run_rows = partial(_pass, config, world, model, train_blocks)
         timed = partial(seconds_of_pass, run_rows, plan.micro_batch_size, model, world.device)
         compute_s = attempt(votes, timed)
@@ -174,6 +201,17 @@ def set_up(
             facts = replace(facts, hides_whole=True)
             plan = make_plan(config, world, facts, min(rows, largest))
     plan, tuner = _buckets(facts, plan, link, votes, found, config, probe)
+    flops = count(model, config.gradient_checkpointing)
+    parts = make_parts(
+        config, mesh, attention.hook, plan.micro_batch_size, flops.windows, ledger, world.device
+    )
+    if parts:
+        plan = with_context(plan, config, parts)
+    slices = Slices()
+    if division:
+        slices = apply(model, division, _tensor_group(mesh, ledger, config.timeout_s))
+        if whole:
+            model.to(world.device)
     sync = make_strategy(
         config.sync,
         model,
@@ -185,12 +223,13 @@ def set_up(
         wire=config.wire,
         tables=config.shard_optimizer is not True,
         layout=found.meta.get("layout") if found else None,
-        mesh=plan.mesh,
+        mesh=mesh,
+        slices=slices,
         timeout_s=config.timeout_s,
     )
     job = Job(
         config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
-        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, link=link, probe=probe, tuner=tuner,
+        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, flops, parts, link=link, probe=probe, tuner=tuner,
     )  # fmt: skip
     if found and strict:
         _check_same_bits(found, plan, config)
@@ -211,10 +250,23 @@ def set_up(
     return job
 
 
+def _kept(model: torch.nn.Module) -> float:
+    """Share of the weights that stay whole between passes (sync/sharded.py): the last block, and the rest."""
+    from unisono.sync.sharded import find_blocks
+
+    blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(model)]
+    return 1 - sum(blocks[:-1]) / sum(p.numel() for p in model.parameters())
+
+
+def _tensor_group(mesh: Mesh, ledger: Ledger, timeout_s: float) -> Group:
+    return Group("tensor", ledger, timeout_s, parts=mesh.groups("tensor"))
+
+
 def _link(config: Config, world: World, votes: Group, probe: Probe | None) -> Link | None:
     """Collective: the measured link, where anything is decided by it: rank 0's probe, or a quick look."""
     # In strict mode the size of buckets changes nothing in the sums, but steps should be alike.
-    if config.sync != "exact" or world.size == 1 or config.determinism == "strict":
+    alone = mesh_of(config, world.size).holders == 1
+    if config.sync != "exact" or alone or config.determinism == "strict":
         return None
     mine = link_of(probe, world.device) if probe else None
     table = votes.each(*((mine.latency_s, mine.bytes_per_s) if mine else (0.0, 0.0)))
@@ -255,10 +307,10 @@ def _buckets(
     mb, tuned = link.bucket_mb(facts.gradient_bytes), False
     origin = "link, as probed, of" if probe else "link of"
     why = f"{origin} {link.bytes_per_s * 8 / 1e9:.3g} Gbit/s and {link.latency_s * 1e3:.2g} ms"
-    key = tuning.key_of({**asdict(facts), "replicas": plan.replicas, "wire": config.wire}, link)
+    key = tuning.key_of({**asdict(facts), "mesh": str(plan.mesh), "wire": config.wire}, link)
     mine = tuning.recall(cache_folder() / TUNED, key) if votes.rank == 0 else None
     recalled = votes.each(mine or 0.0)[0, 0].item()
-    same = found and found.meta["replicas"] == plan.replicas
+    same = found and found.meta.get("mesh", str(Mesh(found.meta["replicas"]))) == str(plan.mesh)
     if found and same and found.meta.get("bucket_mb"):
         (mb, tuned), why = found.meta["bucket_mb"], "as in the checkpoint"
     elif recalled:
@@ -333,9 +385,11 @@ def _pass(config: Config, world: World, model: torch.nn.Module, blocks: Blocks, 
 
 
 def own_samples(job: Job) -> list[int]:
-    """The samples of this rank in the step that is next."""
-    feed, m = job.feed, job.plan.accumulation
-    leaves = range(job.world.rank * m, (job.world.rank + 1) * m)
+    """The samples of this rank in the step that is next; each is one rank's, also where ranks share it."""
+    feed, mesh = job.feed, job.plan.mesh
+    if not mesh.leads(job.world.rank):
+        return []
+    leaves = job.plan.leaves(job.world.rank)
     return [int(s) for leaf in leaves for s in feed.samples(job.progress.step, leaf)]
 
 
@@ -383,8 +437,11 @@ def _find_checkpoint(
                 )
         if found:
             _check_same_run(config, found, data)
-            was = found.meta["replicas"]
-            change = "" if was == world.size else f", {was} replicas then, {world.size} now"
+            was, now = found.meta["replicas"], world.size
+            change = "" if was == now else f", {was} replicas then, {now} now"
+            mesh = str(mesh_of(config, now))
+            if was == now and (before := found.meta.get("mesh", mesh)) != mesh:
+                change = f", on {before} then, {mesh} now"
             screen.say(f"resumed from {found.path} (step {found.step}{change})")
         return found
 

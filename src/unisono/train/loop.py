@@ -27,7 +27,7 @@ from unisono.observe.account import RANKS, Account
 from unisono.observe.advice import advise
 from unisono.observe.arrival import Stamps
 from unisono.observe.environment import device_name, environment, memory_bytes
-from unisono.observe.flops import Flops, count, find_peak
+from unisono.observe.flops import find_peak
 from unisono.observe.metrics import Metrics
 from unisono.observe.receipt import (
     Receipt,
@@ -101,10 +101,9 @@ def take_steps(job: Job) -> Receipt:
     samples = job.run / SAMPLES
     attempt(job.votes, lambda: sample_ledger.truncate(samples, progress.step), world.is_main)
     clock, stamps = job.ledger.clock, Stamps(job.ledger.clock)
-    flops = count(job.model, config.gradient_checkpointing)
-    stamps.flops = flops.model
+    stamps.flops = job.flops.model
     account = Account(job.votes, stamps, world.host, world.device, plan.sent_bytes_per_step)
-    log = attempt(job.votes, lambda: Log(job, account, flops))
+    log = attempt(job.votes, lambda: Log(job, account))
     assert log is not None
     stamps.slowest_s = baseline.alone_s * plan.accumulation if baseline else 0.0
     clock.restart()
@@ -184,8 +183,8 @@ class Log:
     A disk that is full costs rows, which is said once, and never the run.
     """
 
-    def __init__(self, job: Job, account: Account, flops: Flops) -> None:
-        self.job, self.account, self.flops = job, account, flops
+    def __init__(self, job: Job, account: Account) -> None:
+        self.job, self.account, self.flops = job, account, job.flops
         self.first_step, self.first_tokens = job.progress.step, job.progress.tokens
         self.first_skipped = job.progress.skipped
         self.sent_bytes = 0
@@ -419,6 +418,7 @@ def _evaluate(job: Job, log: Log) -> bool:
         most_rows=config.eval_batches and config.eval_batches * config.global_batch_size,
         stop=job.stop.is_asked,
         lockstep=job.sync.lockstep,
+        mesh=job.plan.mesh,
     )
     if result is None:
         return False
@@ -451,6 +451,7 @@ def _save(job: Job, log: Log) -> None:
             "config": job.config.model_dump(mode="json"),
             "data": job.data_identity,
             "replicas": job.world.size,
+            "mesh": str(job.plan.mesh),
             "micro_batches": job.plan.micro_batches,
             "layout": job.sync.layout(),
             "bucket_mb": (job.tuner.kept_mb, job.tuner.done) if job.tuner else None,

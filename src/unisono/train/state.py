@@ -132,7 +132,7 @@ def load_optimizer(folder: Path, sync: Strategy) -> None:
     """Put the saved state back. Raises CheckpointError when it belongs to another model."""
     from safetensors.torch import load_file
 
-    shapes = {name: p.shape for name, p in sync.named_parameters()}
+    shapes = {name: sync.slices.shape(name, p.shape) for name, p in sync.named_parameters()}
     tensors: Weights = {}
     for path in sorted(folder.glob(OPTIMIZER_FILES)):
         for key, value in load_file(path).items():  # mapped, not read

@@ -82,13 +82,17 @@ def take_step(
     discarded, on every rank alike.
     """
     plan = feed.plan
+    leaves = plan.leaves(votes.rank)
+    # Tensor ranks have the same losses, context ranks each a part; targets are counted once for all.
+    tells, leads = plan.mesh.tensor_rank(votes.rank) == 0, plan.mesh.leads(votes.rank)
     ballot = Ballot(period=stamps.period)
     clock = sync.ledger.clock
     slow = stamps.slowest_s > SLOW_STEP_S
     work = 0.0
     error: BaseException | None = None
     losses: list[torch.Tensor] = []
-    sync.parts.begin(measure=noise.due())
+    # Ranks that share samples have no gradient of their own ones alone.
+    sync.parts.begin(measure=noise.due() and plan.mesh.inner == 1)
     for k in range(plan.accumulation):
         if slow:
             asked, failed = votes.sum(float(stop()), float(ballot.trouble != FINE))
@@ -99,7 +103,7 @@ def take_step(
                 return Taken(None)
         elif ballot.trouble != FINE:
             break
-        leaf = votes.rank * plan.accumulation + k
+        leaf = leaves[k]
         loss = None
         try:
             # Entered even if reading fails: the others may wait for this rank in it.
@@ -110,8 +114,10 @@ def take_step(
                 torch.manual_seed(feed.seed_for(step, leaf))
                 loss = loss_sum(batch)
                 loss.backward()
-            losses.append(loss.detach())
-            ballot.tokens.append(int((batch.labels[:, 1:] != NO_LABEL).sum()))
+            if tells:
+                losses.append(loss.detach())
+                targets = int((batch.labels[:, 1:] != NO_LABEL).sum())
+                ballot.tokens.append(targets if leads else 0)
             sync.parts.after(k + 1, plan.accumulation, sync.local_gradients())
         except Exception as caught:
             if not sync.can_give_up:
@@ -125,7 +131,7 @@ def take_step(
     with clock("compute"):  # on a GPU this is where the backward pass is waited for
         ballot.losses = [float(loss) for loss in losses]
     ballot.stop = stop()
-    vote = pack(ballot, votes.rank, votes.size, plan.micro_batches)
+    vote = pack(ballot, votes.rank, votes.size, plan.micro_batches, leaves.start)
     stamps.arrived(work)
     values = sync.finish(*vote, *noise.told())
     stamps.left()
@@ -147,7 +153,7 @@ def find_culprit(step: int, feed: Feed, loss_sum: LossSum, sync: Strategy, votes
     names = [n for n, _ in sync.named_parameters()]
     leaf, tensor = -1, -1
     for k in range(feed.plan.accumulation):
-        candidate = votes.rank * feed.plan.accumulation + k
+        candidate = feed.plan.leaves(votes.rank)[k]
         bad = None
         # What fails here costs the explanation, not the run.
         with suppress(Exception), sync.micro_batch(last=False):

@@ -57,10 +57,11 @@ class Outcome:
         return sum(self.losses) / self.tokens if self.tokens else math.nan
 
 
-def pack(ballot: Ballot, rank: int, size: int, leaves: int) -> list[float]:
-    """`leaves`: micro-batches of the global batch; each rank has leaves / size of them."""
-    mine = leaves // size
-    start = rank * mine
+def pack(ballot: Ballot, rank: int, size: int, leaves: int, start: int) -> list[float]:
+    """`leaves`: micro-batches of the global batch; this rank's begin with `start`.
+
+    Ranks that share a micro-batch fill the same slot: each with its part, or one of them alone.
+    """
     values = [0.0] * (2 * leaves + (2 + len(NAMES)) * size)
     values[start : start + len(ballot.losses)] = ballot.losses
     values[leaves + start : leaves + start + len(ballot.tokens)] = map(float, ballot.tokens)
