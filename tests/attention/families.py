@@ -102,32 +102,29 @@ def verdict(family: str) -> tuple[str, str]:
     return "ours", ", ".join(sorted(seen)) + leaks
 
 
-def table(families: list[str]) -> list[str]:
-    rows = []
-    for family in families:
-        whose, what = verdict(family)
-        rows.append(f"| {family} | {whose} | {what.replace('|', '/')} |")
-        print(rows[-1], flush=True)
-    return rows
+def row(family: str) -> str:
+    """The family's line of the page."""
+    whose, what = verdict(family)
+    return f"| {family} | {whose} | {what.replace('|', '/')} |"
 
 
 def written() -> dict[str, str]:
     """The rows of the page, by family."""
-    rows = re.findall(r"^\| (\S+) \| (?:ours|its own|not tried) \|.*$", PAGE.read_text(), re.M)
     lines = re.findall(r"^\| \S+ \| (?:ours|its own|not tried) \|.*$", PAGE.read_text(), re.M)
-    return dict(zip(rows, lines))
+    return {line.split()[1]: line for line in lines}
 
 
-def write(rows: list[str]) -> None:
-    text = PAGE.read_text()
-    start, end = "<!-- families -->\n", "<!-- end -->"
-    counts = {w: sum(f"| {w} |" in r for r in rows) for w in ("ours", "its own", "not tried")}
+def write(found: dict[str, str]) -> None:
+    """Put rows into the page, in place of those it has of the same families."""
     import transformers
 
+    rows = [row for _, row in sorted({**written(), **found}.items())]
+    counts = {w: sum(f"| {w} |" in r for r in rows) for w in ("ours", "its own", "not tried")}
     head = (
         f"transformers {transformers.__version__}: {len(rows)} families, ours in {counts['ours']}, their own in "
         f"{counts['its own']}, {counts['not tried']} not tried.\n\n| family | attention | layers, or why not |\n|---|---|---|\n"
     )
+    start, end, text = "<!-- families -->\n", "<!-- end -->", PAGE.read_text()
     before, after = text.split(start)[0], text.split(end)[1]
     PAGE.write_text(before + start + head + "\n".join(rows) + "\n" + end + after)
 
@@ -137,7 +134,9 @@ if __name__ == "__main__":
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    asked = [a for a in sys.argv[1:] if not a.startswith("-")]
-    found = table(asked or names())
-    if "--write" in sys.argv:
-        write(found)
+    found: dict[str, str] = {}
+    for name in [a for a in sys.argv[1:] if not a.startswith("-")] or names():
+        found[name] = row(name)
+        print(found[name], flush=True)
+        if "--write" in sys.argv:
+            write(found)
