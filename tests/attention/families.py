@@ -82,6 +82,8 @@ def may_be_set(cls, default, name: str) -> bool:
     derived = getattr(cls, name, None)
     if isinstance(derived, property) and derived.fset is None:
         return False
+    if name in ("head_dim", "num_key_value_heads", "num_experts_per_tok"):
+        return name in default.to_dict()  # None in some, which then cannot be made as they are
     try:
         return getattr(default, name, None) is not None
     except AttributeError:  # one for each layer

@@ -13,7 +13,6 @@ from unisono.attention.pattern import bigbird
 from unisono.config import AttentionConfig
 from unisono.errors import ConfigError
 
-
 LEAKING = ("gpt_oss", "opt")
 """They make their masks without position_ids (transformers 5.23)."""
 
