@@ -17,7 +17,7 @@ from unisono.attention import hf
 from unisono.attention.hf import NotHooked, hook
 
 PAGE = Path(__file__).parents[2] / "docs" / "attention.md"
-MOST_PARAMETERS = 20e6
+MOST_PARAMETERS = 100e6
 SIZES = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "intermediate_size", "n_inner", "ffn_dim", "d_ff",
                      "decoder_ffn_dim", "encoder_ffn_dim", "shared_expert_intermediate_size", "intermediate_size_mlp",
@@ -29,7 +29,7 @@ SIZES = {
     **dict.fromkeys(("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "layerdrop", "decoder_layerdrop"), 0.0),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
     **dict.fromkeys(("head_dim", "q_lora_rank", "kv_lora_rank", "v_head_dim", "qk_head_dim"), 16),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "sliding_window", "attention_chunk_size"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "sliding_window", "attention_chunk_size", "rotary_dim"), 8),
     "vocab_size": 128, "moe_intermediate_size": 32, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8,
 }  # fmt: skip
 
@@ -59,12 +59,15 @@ def tiny(family: str):
 
 
 def shrink(cls, default):
-    fields = {n: v for n, v in SIZES.items() if getattr(default, n, None) is not None}
+    fields = {n: v for n, v in SIZES.items() if may_be_set(cls, default, n)}
+    if "kv_lora_rank" in fields:  # latent attention: a key head for each query head
+        fields.update(
+            num_key_value_heads=fields["num_attention_heads"], head_dim=fields["qk_rope_head_dim"]
+        )
     if "is_decoder" in default.to_dict():
         fields["is_decoder"] = True
-    kinds = getattr(default, "layer_types", None)
-    if kinds:  # one of each kind, which says most about a family
-        distinct = list(dict.fromkeys(kinds))
+    if may_be_set(cls, default, "layer_types"):  # one of each kind, which says most about a family
+        distinct = list(dict.fromkeys(default.layer_types))
         fields["layer_types"] = (distinct * 2)[: max(2, len(distinct))]
         fields["num_hidden_layers"] = len(fields["layer_types"])
     for name in getattr(default, "sub_configs", {}):
@@ -72,6 +75,19 @@ def shrink(cls, default):
             fields[name] = shrink(type(sub), sub).to_dict()
     fields.update(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return cls(**copy.deepcopy(fields))
+
+
+def may_be_set(cls, default, name: str) -> bool:
+    """A field that this configuration has, and that is not worked out from others."""
+    derived = getattr(cls, name, None)
+    if isinstance(derived, property) and derived.fset is None:
+        return False
+    if name in ("head_dim", "num_key_value_heads", "num_experts_per_tok"):
+        return name in default.to_dict()  # None in some, which then cannot be made as they are
+    try:
+        return getattr(default, name, None) is not None
+    except AttributeError:  # one for each layer
+        return False
 
 
 def verdict(family: str) -> tuple[str, str]:
@@ -102,32 +118,29 @@ def verdict(family: str) -> tuple[str, str]:
     return "ours", ", ".join(sorted(seen)) + leaks
 
 
-def table(families: list[str]) -> list[str]:
-    rows = []
-    for family in families:
-        whose, what = verdict(family)
-        rows.append(f"| {family} | {whose} | {what.replace('|', '/')} |")
-        print(rows[-1], flush=True)
-    return rows
+def row(family: str) -> str:
+    """The family's line of the page."""
+    whose, what = verdict(family)
+    return f"| {family} | {whose} | {what.replace('|', '/')} |"
 
 
 def written() -> dict[str, str]:
     """The rows of the page, by family."""
-    rows = re.findall(r"^\| (\S+) \| (?:ours|its own|not tried) \|.*$", PAGE.read_text(), re.M)
     lines = re.findall(r"^\| \S+ \| (?:ours|its own|not tried) \|.*$", PAGE.read_text(), re.M)
-    return dict(zip(rows, lines))
+    return {line.split()[1]: line for line in lines}
 
 
-def write(rows: list[str]) -> None:
-    text = PAGE.read_text()
-    start, end = "<!-- families -->\n", "<!-- end -->"
-    counts = {w: sum(f"| {w} |" in r for r in rows) for w in ("ours", "its own", "not tried")}
+def write(found: dict[str, str]) -> None:
+    """Put rows into the page, in place of those it has of the same families."""
     import transformers
 
+    rows = [row for _, row in sorted({**written(), **found}.items())]
+    counts = {w: sum(f"| {w} |" in r for r in rows) for w in ("ours", "its own", "not tried")}
     head = (
         f"transformers {transformers.__version__}: {len(rows)} families, ours in {counts['ours']}, their own in "
         f"{counts['its own']}, {counts['not tried']} not tried.\n\n| family | attention | layers, or why not |\n|---|---|---|\n"
     )
+    start, end, text = "<!-- families -->\n", "<!-- end -->", PAGE.read_text()
     before, after = text.split(start)[0], text.split(end)[1]
     PAGE.write_text(before + start + head + "\n".join(rows) + "\n" + end + after)
 
@@ -137,7 +150,9 @@ if __name__ == "__main__":
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    asked = [a for a in sys.argv[1:] if not a.startswith("-")]
-    found = table(asked or names())
-    if "--write" in sys.argv:
-        write(found)
+    found: dict[str, str] = {}
+    for name in [a for a in sys.argv[1:] if not a.startswith("-")] or names():
+        found[name] = row(name)
+        print(found[name], flush=True)
+        if "--write" in sys.argv:
+            write(found)

@@ -62,6 +62,8 @@ def build(model_type: str, seed: int = 0, implementation: str | None = None, **c
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **copy.deepcopy(fields))
     how = {"attn_implementation": implementation} if implementation else {}
+    if model_type in ROUTED:
+        how["experts_implementation"] = "eager"  # the others have no float64
     model = AutoModelForCausalLM.from_config(config, **how).double()
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -2,14 +2,9 @@
 
 import pytest
 import transformers
-from families import names, verdict, written
+from families import names, row, written
 
 QUICK = ("llama", "mistral", "gemma2", "gpt_oss", "bloom", "mamba")
-
-
-def row(family: str) -> str:
-    whose, what = verdict(family)
-    return f"| {family} | {whose} | {what.replace('|', '/')} |"
 
 
 @pytest.mark.parametrize("family", QUICK)

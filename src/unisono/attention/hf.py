@@ -334,8 +334,10 @@ def _mask(
     local_size: int | None = None,
     config: Any = None,
     **_: Any,
-) -> Described:
+) -> Described | None:
     """transformers' mask function: the description of a kind of mask, of one forward pass."""
+    if local_size is not None and local_size < 1:
+        return None  # Qwen2 MoE's windows of 0, which no layer has; one that had would be refused
     current = _pass.get()
     if current is None:
         raise NotHooked("a mask was asked for outside of a forward pass of the hooked model")

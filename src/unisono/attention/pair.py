@@ -38,7 +38,7 @@ SHORT = 128
 """Documents that are shorter on average are not worth calls of their own: they are masked in tiles."""
 LONG = 8
 """Full tiles in a run beyond which they are split from the partial ones, whose mask costs time."""
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 2048
 """Queries of a band or gather that are computed at once: it bounds what is copied."""
 
 
