@@ -94,7 +94,7 @@ DOWNWARDS = {
     "launch": {"errors", "world"},
     "sync": {"errors", "clock", "sync"},
     "data": {"errors", "files", "config", "data"},
-    "model": {"errors", "model"},
+    "model": {"errors", "files", "model"},
     "generate": {"errors", "train.checkpoint"},
     "replicas": {"errors", "sync", "observe.watch", "observe.noise"},
     "plan": {"errors", "config", "world", "train.scaling"},

@@ -248,6 +248,19 @@ def load(source: str, overrides: Iterable[str] = ()) -> Config:
     return parse(apply_overrides(raw, overrides), origin=str(path))
 
 
+def for_data(source: str, model: str, overrides: Iterable[str] = ()) -> Config:
+    """The configuration `source`, with the tokenizer of `model` if given; or one for a data file.
+
+    Raises ConfigError: a data file without a model, and as `load`.
+    """
+    if Path(source).suffix in (".yaml", ".yml") or (RECIPES / f"{source}.yaml").is_file():
+        return load(source, [*overrides, *([f"tokenizer={model}"] if model else [])])
+    if not model:
+        raise ConfigError(f"--model is missing: {source} is data; name a model directory")
+    raw = {"model": model, "data": {"path": source}, "output_dir": "unused"}
+    return parse(apply_overrides(raw, overrides), origin=source)
+
+
 def parse(raw: Mapping[str, Any], origin: str = "config") -> Config:
     """Validate a mapping. Raises ConfigError that names every wrong field, its value and a fix."""
     raw = dict(raw)

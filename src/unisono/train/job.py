@@ -16,8 +16,10 @@ import torch
 
 from unisono.config import Config
 from unisono.data.blocks import Batch, Blocks
+from unisono.data.examples import examples
 from unisono.data.order import Order
 from unisono.data.prepare import Prepared, prepare
+from unisono.data.show import masks
 from unisono.data.tokenizer import check_vocabulary, load_tokenizer
 from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoError
 from unisono.files import write_json
@@ -313,6 +315,8 @@ def _prepare_data(
         f"data: {found.num_documents:,} documents, {found.num_tokens:,} tokens, "
         f"{found.num_blocks + found.num_eval_blocks:,} samples of {config.sequence_length} tokens"
     )
+    if found.num_dialogues and world.is_main:
+        screen.show(masks(tuple(examples(config, result[0], count=2))))
     for note in (*found.problems, *found.notes):
         screen.warn(f"data: {note}")
     return result
