@@ -267,8 +267,9 @@ def inspect_data(
     with tempfile.TemporaryDirectory() as folder:
         cache = cache_folder()
         tokenizer = load_tokenizer(asked.model, asked.tokenizer, asked.data, cache)
-        prepared = prepare(asked, tokenizer, cache, Path(folder) / "quarantine.jsonl")
-        found = inspect(asked, tokenizer, prepared, examples)
+        quarantine = Path(folder) / "quarantine.jsonl"
+        prepared = prepare(asked, tokenizer, cache, quarantine)
+        found = inspect(asked, tokenizer, prepared, quarantine, examples)
     if json_output:
         print(json.dumps(asdict(found), indent=1))
     else:

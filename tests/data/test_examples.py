@@ -9,6 +9,7 @@ from corpus import chat, config, jsonl, prose
 from rich.console import Console
 
 from unisono.data.examples import examples, inspect
+from unisono.data.order import Order
 from unisono.data.prepare import prepare
 from unisono.data.show import show
 
@@ -25,11 +26,12 @@ RECORDS = [
 def prepared(tokenizer, tmp_path):
     path = jsonl(tmp_path / "x.jsonl", RECORDS + [chat(prose(3, seed=i), "jugs") for i in range(40)])  # fmt: skip
     asked = config(path, sequence_length=64)
-    return asked, prepare(asked, tokenizer, tmp_path, tmp_path / "quarantine.jsonl")
+    quarantine = tmp_path / "quarantine.jsonl"
+    return asked, prepare(asked, tokenizer, tmp_path, quarantine), quarantine
 
 
 def test_examples_are_the_first_usable_records_with_their_masks(prepared, tokenizer):
-    asked, _ = prepared
+    asked, _, _ = prepared
     found = list(examples(asked, tokenizer, 5))
     assert [(e.line, e.kind) for e in found] == [
         (1, "chat"), (2, "completion"), (3, "text"), (4, "chat"), (6, "chat"),
@@ -57,8 +59,8 @@ def test_files_take_turns(tokenizer, tmp_path):
 
 
 def test_figures_are_those_of_the_blocks(prepared, tokenizer):
-    asked, made = prepared
-    found = inspect(asked, tokenizer, made, 1)
+    asked, made, quarantine = prepared
+    found = inspect(asked, tokenizer, made, quarantine, 1)
     assert (found.documents, found.dialogues, found.files) == (44, 43, 1)
     blocks = made.blocks("train")
     batch = blocks.read(np.arange(len(blocks)))
@@ -66,18 +68,20 @@ def test_figures_are_those_of_the_blocks(prepared, tokenizer):
     assert packing.blocks == len(blocks) and packing.learned_tokens == (batch.labels != -100).sum()
     assert packing.tokens + packing.padding_tokens == batch.input_ids.size
     assert found.train_blocks + found.eval_blocks == len(blocks) + made.num_eval_blocks
-    for spans, labels in zip(packing.first, batch.labels):
+    first = blocks.read(Order(len(blocks), asked.seed).at(np.arange(6)))
+    for spans, labels in zip(packing.first_step, first.labels, strict=True):
         assert sum(s.tokens for s in spans) == 64
         assert sum(s.learned for s in spans) == (labels != -100).sum()
         assert not any(s.padding for s in spans[:-1])
     (problem,) = found.problems
     assert (problem.kind, problem.line) == ("missing field", 5)
+    assert [row["line"] for row in found.rejected] == [5]
 
 
 def test_it_is_shown(prepared, tokenizer):
-    asked, made = prepared
+    asked, made, quarantine = prepared
     console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
-    console.print(show(inspect(asked, tokenizer, made, 4)))
+    console.print(show(inspect(asked, tokenizer, made, quarantine, 4)))
     text = console.export_text(clear=False)
     for part in ("x.jsonl:1 chat", "tokens learned", "[bold]a dog[/bold]", "best_fit", "missing field", "x.jsonl:5", "the prompt has no completion"):  # fmt: skip
         assert part in text, part

@@ -3,13 +3,15 @@
 Contract: examples are the first usable records of the files in turn, encoded by the code that preparation
 uses, so a token shown as learned is a token whose loss counts. A token is learned when its flag says so
 and it is not the first of its document (nothing stands before it). Figures of packing come from the
-prepared blocks themselves, at most the first MEASURED of them.
+prepared blocks themselves, at most MEASURED of them, at equal distances.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise, zip_longest
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from unisono.config import Config
 from unisono.data.blocks import NO_LABEL, Batch
 from unisono.data.documents import Completion, Document, Text, read
 from unisono.data.encode import LEARNED, encode, make_encoder
+from unisono.data.order import Order
 from unisono.data.prepare import Prepared
 from unisono.data.problems import Problem, Problems
 from unisono.data.source import resolve
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 MEASURED = 4096
 """Blocks whose packing is looked at."""
 SHOWN_BLOCKS = 6
+REJECTED = 20
+"""Records that cannot be used are named one by one, at most so many."""
 _AT_ONCE = 256
 
 
@@ -73,8 +78,8 @@ class Packing:
     median_tokens: int
     """Of a document."""
     longest_tokens: int
-    first: tuple[tuple[Span, ...], ...]
-    """The first few blocks, span by span."""
+    first_step: tuple[tuple[Span, ...], ...]
+    """The first few blocks of the run, span by span."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +99,20 @@ class Inspection:
     packing: Packing
     examples: tuple[Example, ...]
     problems: tuple[Problem, ...]
+    """One for each kind, with its count."""
+    rejected: tuple[dict[str, Any], ...]
+    """The first records that cannot be used: file, line, kind, reason, record."""
     notes: tuple[str, ...]
 
 
 def inspect(
-    config: Config, tokenizer: "PreTrainedTokenizerFast", prepared: Prepared, count: int
+    config: Config,
+    tokenizer: "PreTrainedTokenizerFast",
+    prepared: Prepared,
+    quarantine: Path,
+    count: int,
 ) -> Inspection:
-    """What `prepared` holds, with `count` examples."""
+    """What `prepared` holds, with `count` examples and some of the records it left in `quarantine`."""
     return Inspection(
         files=len(resolve(config.data.path)),
         documents=prepared.num_documents,
@@ -111,9 +123,10 @@ def inspect(
         packing_kind=prepared.packing,
         train_blocks=prepared.num_blocks,
         eval_blocks=prepared.num_eval_blocks,
-        packing=_packing(prepared),
+        packing=_packing(prepared, config.seed),
         examples=tuple(examples(config, tokenizer, count)),
         problems=prepared.bad_records,
+        rejected=tuple(islice(_rows(quarantine), REJECTED)),
         notes=prepared.notes,
     )
 
@@ -168,21 +181,26 @@ def _tokens(
             waiting = []
 
 
-def _packing(prepared: Prepared) -> Packing:
+def _rows(quarantine: Path) -> Iterator[dict[str, Any]]:
+    if quarantine.is_file():
+        with quarantine.open(encoding="ascii") as file:
+            yield from map(json.loads, file)
+
+
+def _packing(prepared: Prepared, seed: int) -> Packing:
     blocks = prepared.blocks("train")
     measured = min(len(blocks), MEASURED)
-    rows: list[tuple[Span, ...]] = []
+    numbers = np.linspace(0, len(blocks) - 1, measured).astype(np.int64)
     lengths: list[int] = []
     tokens = learned = padding = 0
     for begin in range(0, measured, _AT_ONCE):
-        batch = blocks.read(np.arange(begin, min(begin + _AT_ONCE, measured)))
+        batch = blocks.read(numbers[begin : begin + _AT_ONCE])
         for spans in _spans(batch):
             lengths += [span.tokens for span in spans if not span.padding]
             tokens += sum(span.tokens for span in spans if not span.padding)
             learned += sum(span.learned for span in spans)
             padding += sum(span.tokens for span in spans if span.padding)
-            if len(rows) < SHOWN_BLOCKS:
-                rows.append(spans)
+    first = Order(len(blocks), seed).at(np.arange(min(SHOWN_BLOCKS, len(blocks))))
     return Packing(
         blocks=measured,
         documents=len(lengths),
@@ -191,7 +209,7 @@ def _packing(prepared: Prepared) -> Packing:
         padding_tokens=padding,
         median_tokens=int(np.median(lengths)) if lengths else 0,
         longest_tokens=max(lengths, default=0),
-        first=tuple(rows),
+        first_step=tuple(_spans(blocks.read(first))),
     )
 
 

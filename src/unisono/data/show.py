@@ -27,7 +27,7 @@ EIGHTHS = "▁▂▃▄▅▆▇█"
 def show(found: Inspection) -> RenderableType:
     """All of it; what is wrong with the data comes last, where it is read first."""
     parts: list[RenderableType] = [masks(found.examples), Text(), _figures(found)]
-    if found.packing.first:
+    if found.packing.first_step:
         parts += [Text(), _blocks(found.packing, found.sequence_length)]
     if found.problems:
         parts += [Text(), _problems(found)]
@@ -54,9 +54,9 @@ def _example(example: Example) -> RenderableType:
     text.rstrip()
     return Panel(
         text,
-        title=f"[bold]{escape(example.file)}:{example.line}[/bold] {example.kind}",
+        title=f"[bold white]{escape(example.file)}:{example.line}[/] [white]{example.kind}[/]",
         title_align="left",
-        subtitle=f"{example.num_learned:,} of {example.num_tokens:,} tokens learned",
+        subtitle=f"[white]{example.num_learned:,} of {example.num_tokens:,} tokens learned[/]",
         subtitle_align="right",
         border_style="#4b5563",
         padding=(0, 1),
@@ -84,7 +84,10 @@ def _figures(found: Inspection) -> RenderableType:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
     kinds = f", {found.dialogues:,} of them chats or completions" if found.dialogues else ""
-    table.add_row("documents", f"{found.documents:,} in {found.files:,} files{kinds}")
+    table.add_row(
+        "documents",
+        f"{found.documents:,} in {found.files:,} file{'s' if found.files > 1 else ''}{kinds}",
+    )
     share = found.learned_tokens / max(found.tokens, 1)
     table.add_row("tokens", f"{found.tokens:,}, {found.learned_tokens:,} of them learned ({share:.1%})")  # fmt: skip
     table.add_row("length", f"median {packing.median_tokens:,}, longest {packing.longest_tokens:,} tokens of a document")  # fmt: skip
@@ -99,11 +102,11 @@ def _blocks(packing: Packing, sequence_length: int) -> RenderableType:
     """The first blocks as bars: a colour a document, solid where it is learned."""
     lines: list[RenderableType] = [
         Text.assemble(
-            ("the first blocks, a document a colour: ", "dim"), ("█ ", DOCUMENTS[0]), ("mostly learned  ", "dim"),
+            ("the first blocks of the run, a document a colour: ", "dim"), ("█ ", DOCUMENTS[0]), ("mostly learned  ", "dim"),
             ("▂ ", DOCUMENTS[0]), ("mostly read  ", "dim"), ("· ", PADDING), ("padding", "dim"),
         )
     ]  # fmt: skip
-    lines += [Padding(_bar(spans, sequence_length), (0, 0, 0, 2)) for spans in packing.first]
+    lines += [Padding(_bar(spans, sequence_length), (0, 0, 0, 2)) for spans in packing.first_step]
     return Group(*lines)
 
 
@@ -123,10 +126,24 @@ def _bar(spans: Sequence[Span], sequence_length: int) -> Text:
 
 
 def _problems(found: Inspection) -> RenderableType:
+    """A line for each kind; and for each record, where a kind has several."""
     table = Table(box=None, pad_edge=False, header_style="bold red", padding=(0, 2, 0, 0))
     for name in ("not used", "records", "first at", "why"):
         table.add_column(name, justify="right" if name == "records" else "left")
     for problem in sorted(found.problems, key=lambda p: -p.count):
-        place = f"{problem.file}:{problem.line}" if problem.line else problem.file
-        table.add_row(escape(problem.kind), f"{problem.count:,}", escape(place), escape(problem.reason))  # fmt: skip
-    return table
+        place = _place(problem.file, problem.line)
+        table.add_row(problem.kind, f"{problem.count:,}", escape(place), escape(problem.reason))
+    total = sum(problem.count for problem in found.problems)
+    if total == len(found.problems):
+        return table
+    lines = [
+        Text(f"  {_place(row['file'], row['line'])}: {row['reason']}", "dim")
+        for row in found.rejected
+    ]
+    if total > len(lines):
+        lines.append(Text(f"  … {total - len(lines):,} more", "dim"))
+    return Group(table, *lines)
+
+
+def _place(file: str, line: int) -> str:
+    return f"{file}:{line}" if line else file
