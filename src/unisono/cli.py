@@ -240,6 +240,21 @@ def probe(
 
 
 @app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run folder, checkpoint or directory of adapters.")],
+    out: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model, if it is not where it was.")
+    ] = None,
+) -> None:
+    """Write a base model and its LoRA adapters as one plain model."""
+    from unisono.model.adapter import merge as merged
+
+    model = merged(run, out, base)
+    print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters")
+
+
+@app.command()
 def inspect_data(
     source: Annotated[str, typer.Argument(help="A configuration, a recipe, or a data file.")],
     overrides: OverridesArgument = None,

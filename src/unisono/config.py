@@ -79,6 +79,29 @@ class TokenizerConfig(_Section):
     """At most this many bytes of the data are used to train it."""
 
 
+class LoraConfig(_Section):
+    """Adapters instead of the whole model (peft). Needs the extra `lora`."""
+
+    r: int = Field(8, ge=1)
+    """Rank: a layer gets r (inputs + outputs) trained values."""
+    alpha: float = Field(16, gt=0)
+    """Adapters are scaled by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Layers that get adapters: `all-linear`, or names such as [q_proj, v_proj]."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Learn the length of each row of the weight apart from its direction."""
+    modules_to_save: Paths = ()
+    """Modules that are trained whole and saved beside the adapters, such as [lm_head]."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_or_names(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and value != "all-linear" else value
+
+
 class MeshConfig(_Section):
     """Ranks of `sync: sharded`: `replica` copies of the model, each over `shard` ranks."""
 
@@ -97,6 +120,8 @@ class Config(_Section):
     and its sizes) for random weights, for example {model_type: llama, hidden_size: 192}."""
     tokenizer: str | TokenizerConfig | None = None
     """A directory or hub name, or {vocab_size: N} to train one; by default the model's own."""
+    lora: LoraConfig | None = None
+    """Train adapters of a model that stays as it is, for example {r: 8, alpha: 16}."""
     data: DataConfig
     sequence_length: int = Field(1024, ge=2)
     """Tokens in a block (Hugging Face SFT: max_length)."""
@@ -388,5 +413,7 @@ def _fields_at(path: list[str]) -> list[str]:
 
 
 _ALL_FIELDS = {
-    name for s in (Config, DataConfig, TokenizerConfig, MeshConfig) for name in s.model_fields
+    name
+    for s in (Config, DataConfig, TokenizerConfig, MeshConfig, LoraConfig)
+    for name in s.model_fields
 }

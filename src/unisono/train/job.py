@@ -24,12 +24,13 @@ from unisono.data.tokenizer import check_vocabulary, load_tokenizer
 from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoError
 from unisono.files import write_json
 from unisono.forecast.probe import Probe
+from unisono.model import adapter
 from unisono.model.load import load_model
 from unisono.observe.noise import Meter
 from unisono.observe.screen import Screen
 from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan
 from unisono.sync import Strategy, broadcast_model, make_strategy
-from unisono.sync.digest import sha256_of_each
+from unisono.sync.digest import check_replicas, sha256_of_each
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.link import BUSY_S, Link, measure_link
 from unisono.train import checkpoint, tuning
@@ -52,7 +53,7 @@ AMPLE = 0.25
 """Of the free memory may go to weights, gradients and optimizer before shards are for memory's sake."""
 TUNED = "tuned"
 """In the cache folder: sizes of buckets that were found."""
-SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism")
+SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism", "lora")
 """Fields that a resumed run must share with its checkpoint to be the same run."""
 
 
@@ -128,6 +129,7 @@ def set_up(
             "report_to: found 'tensorboard', which is not installed; "
             "pip install 'unisono[tensorboard]'"
         ).on_every_rank()
+    _refuse_lora(config)
     _same_threads(votes, screen)
     run = Path(config.output_dir)
     tokenizer, prepared = _prepare_data(config, world, screen, ledger, run)
@@ -136,20 +138,26 @@ def set_up(
 
     def build_model() -> "PreTrainedModel":
         model = load_model(
-            str(found.path) if found else config.model,
+            str(found.path) if found and config.lora is None else config.model,
             tokenizer,
             seed=config.seed,
             sequence_length=config.sequence_length,
             gradient_checkpointing=config.gradient_checkpointing,
         )
         check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
+        if config.lora is not None:
+            wanted = config.lora.model_dump()
+            model = adapter.attach(model, wanted, config.seed, found.path if found else None)
         return model
 
     model = attempt(votes, build_model)
     assert model is not None
     if config.sync != "sharded":  # which takes its part to the device
         model.to(world.device)
-    broadcast_model(model, votes)
+    if config.lora is None:
+        broadcast_model(model, votes)
+    else:
+        _share_adapters(model, votes)
 
     trained = [p for p in model.parameters() if p.requires_grad]
     facts = Facts(
@@ -211,6 +219,36 @@ def set_up(
     screen.plan(describe(job.plan, config, world, facts))
     attempt(votes, lambda: _write_plan(job), world.is_main)
     return job
+
+
+def _refuse_lora(config: Config) -> None:
+    """Where adapters cannot be trained as asked."""
+    if config.lora is None:
+        return
+    if isinstance(config.model, dict):
+        raise ConfigError(
+            "lora: found with an architecture for model; adapters need trained weights beside them: "
+            "name a model directory"
+        ).on_every_rank()
+    if config.sync == "sharded":
+        raise ConfigError(
+            "sync: found sharded with lora; adapters are small: write sync: exact, whose replicas hold "
+            "the frozen weights whole"
+        ).on_every_rank()
+
+
+def _share_adapters(model: torch.nn.Module, votes: Group) -> None:
+    """Collective: rank 0's trained weights on all ranks; the frozen ones are only compared."""
+    for p in model.parameters():
+        if p.requires_grad:
+            votes.broadcast(p.detach()).wait()
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    try:
+        check_replicas(frozen, votes, step=0)
+    except ReplicaError as error:
+        raise ReplicaError(
+            f"model: the hosts have other base models: {error}"
+        ).on_every_rank() from None
 
 
 def _link(config: Config, world: World, votes: Group, probe: Probe | None) -> Link | None:
@@ -344,7 +382,10 @@ def own_samples(job: Job) -> list[int]:
 
 
 def weights_digest(job: Job, weights: dict[str, torch.Tensor]) -> str:
-    """Collective: SHA-256 of all weights (as `state_dict` gave them) and optimizer state."""
+    """Collective: SHA-256 of all weights (as `state_dict` gave them) and optimizer state; with LoRA
+    of the weights that are trained."""
+    if job.config.lora is not None:
+        weights = {name: weights[name] for name, _ in job.sync.named_parameters()}
     return sha256_of_each(chain(weights.items(), job.sync.optimizer_state()))
 
 
@@ -430,12 +471,17 @@ def _check_same_bits(found: checkpoint.Manifest, plan: Plan, config: Config) -> 
 def _check_same_run(config: Config, found: checkpoint.Manifest, data: dict[str, Any]) -> None:
     before = found.meta["config"]
     for name in SAME_RUN:
-        now = config.model_dump(mode="json")[name]
-        if before[name] != now:
+        now, then = config.model_dump(mode="json")[name], before.get(name)
+        if then != now:
             raise ConfigError(
-                f"{name}: found {now!r}, but {found.path} was trained with {before[name]!r}; write "
-                f"{name}={before[name]!r} to go on, or another output_dir to start anew"
+                f"{name}: found {now!r}, but {found.path} was trained with {then!r}; write "
+                f"{name}={then!r} to go on, or another output_dir to start anew"
             )
+    if config.lora is not None and before["model"] != config.model:
+        raise ConfigError(
+            f"model: found {config.model!r}, but {found.path} holds adapters of {before['model']!r}; "
+            f"restore it to go on, or choose another output_dir to start anew"
+        )
     if found.meta["data"] != data:
         raise ConfigError(
             f"data: not what {found.path} was trained on (files, tokenizer, packing or split "
