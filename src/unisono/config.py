@@ -120,11 +120,11 @@ class Config(_Section):
     and its sizes) for random weights, for example {model_type: llama, hidden_size: 192}."""
     tokenizer: str | TokenizerConfig | None = None
     """A directory or hub name, or {vocab_size: N} to train one; by default the model's own."""
-    lora: LoraConfig | None = None
-    """Train adapters of a model that stays as it is, for example {r: 8, alpha: 16}."""
     data: DataConfig
     sequence_length: int = Field(1024, ge=2)
     """Tokens in a block (Hugging Face SFT: max_length)."""
+    lora: LoraConfig | None = None
+    """Train adapters of a model that stays as it is, for example {r: 8, alpha: 16}."""
     strict_data: bool = False
     """Stop at the first bad record instead of putting it into quarantine."""
     output_dir: str

