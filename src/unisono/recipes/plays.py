@@ -15,6 +15,8 @@ from pathlib import Path
 
 EXCHANGES = 3
 _SPEECH = re.compile(r"^\*\*(.+?)\*\*\s*\n(.+?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
+_DIRECTION = re.compile(r"_*\\?\[[^\]]*\]_*|_+[^_]*_+")
+"""_Exit_, and the plays' other forms: __\\[Aside]_, [Aside]_."""
 
 Speech = tuple[str, str]
 
@@ -47,7 +49,7 @@ def _in_turn(speeches: list[Speech]) -> Iterator[list[Speech]]:
 
 def _plain(said: str) -> str:
     """Without Markdown's line ends and stage directions."""
-    return "\n".join(line.strip() for line in re.sub(r"_+[^_]*_+", "", said).splitlines()).strip()
+    return "\n".join(line.strip() for line in _DIRECTION.sub("", said).splitlines()).strip()
 
 
 def main(out: Path) -> None:
