@@ -12,7 +12,7 @@ one family only (Llama 3, Qwen, GPT-4o): for the others it cuts text as GPT-2 do
 other ids than it was trained on wherever digits follow two spaces. PRE_TOKENIZERS knows those too.
 Source: llama.cpp, src/llama-vocab.cpp.
 
-Cost: SmolLM2-135M (98 MB, 4 bits) takes 25 s on one core, most of it imports, and 1.6 GB of memory.
+Cost: SmolLM2-135M (98 MB, 4 bits) takes 23 s of one core, most of it imports.
 """
 
 import contextlib
