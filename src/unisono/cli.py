@@ -305,13 +305,8 @@ def import_model(
     ] = "auto",
 ) -> None:
     """Make a model directory for `train` of a GGUF file or a Hugging Face directory; offline."""
-    from typing import get_args
-
-    from unisono.model.convert import Dtype
     from unisono.model.convert import import_model as run
 
-    if dtype not in get_args(Dtype):
-        raise ConfigError(f"--dtype: found {dtype!r}; write one of {', '.join(get_args(Dtype))}")
     made = run(source, out, dtype)
     size = sum(file.stat().st_size for file in out.iterdir())
     context = f", context {made.context_tokens:,}" if made.context_tokens else ""

