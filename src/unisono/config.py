@@ -80,6 +80,29 @@ class TokenizerConfig(_Section):
     """At most this many bytes of the data are used to train it."""
 
 
+class LoraConfig(_Section):
+    """Adapters instead of the whole model (peft). Needs the extra `lora`."""
+
+    r: int = Field(8, ge=1)
+    """Rank: a layer gets r (inputs + outputs) trained values."""
+    alpha: float = Field(16, gt=0)
+    """Adapters are scaled by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Layers that get adapters: `all-linear`, or names such as [q_proj, v_proj]."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Learn the length of each row of the weight apart from its direction."""
+    modules_to_save: Paths = ()
+    """Modules that are trained whole and saved beside the adapters, such as [lm_head]."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_or_names(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and value != "all-linear" else value
+
+
 class MeshConfig(_Section):
     """How the ranks divide: replica x shard x context x tensor; the product is all of them."""
 
@@ -150,6 +173,8 @@ class Config(_Section):
     data: DataConfig
     sequence_length: int = Field(1024, ge=2)
     """Tokens in a block (Hugging Face SFT: max_length)."""
+    lora: LoraConfig | None = None
+    """Train adapters of a model that stays as it is, for example {r: 8, alpha: 16}."""
     strict_data: bool = False
     """Stop at the first bad record instead of putting it into quarantine."""
     output_dir: str
@@ -307,6 +332,19 @@ def load(source: str, overrides: Iterable[str] = ()) -> Config:
     return parse(apply_overrides(raw, overrides), origin=str(path))
 
 
+def for_data(source: str, model: str, overrides: Iterable[str] = ()) -> Config:
+    """The configuration `source`, with the tokenizer of `model` if given; or one for a data file.
+
+    Raises ConfigError: a data file without a model, and as `load`.
+    """
+    if Path(source).suffix in (".yaml", ".yml") or (RECIPES / f"{source}.yaml").is_file():
+        return load(source, [*overrides, *([f"tokenizer={model}"] if model else [])])
+    if not model:
+        raise ConfigError(f"--model is missing: {source} is data; name a model directory")
+    raw = {"model": model, "data": {"path": source}, "output_dir": "unused"}
+    return parse(apply_overrides(raw, overrides), origin=source)
+
+
 def parse(raw: Mapping[str, Any], origin: str = "config") -> Config:
     """Validate a mapping. Raises ConfigError that names every wrong field, its value and a fix."""
     raw = dict(raw)
@@ -435,6 +473,14 @@ def _fields_at(path: list[str]) -> list[str]:
 
 _ALL_FIELDS = {
     name
-    for s in (Config, DataConfig, TokenizerConfig, MeshConfig, ContextConfig, AttentionConfig)
+    for s in (
+        Config,
+        DataConfig,
+        TokenizerConfig,
+        LoraConfig,
+        MeshConfig,
+        ContextConfig,
+        AttentionConfig,
+    )  # fmt: skip
     for name in s.model_fields
 }

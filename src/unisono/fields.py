@@ -25,6 +25,7 @@ def fields() -> Iterator[FieldDoc]:
     yield from _of(classes["Config"], "")
     yield from _of(classes["DataConfig"], "data.")
     yield from _of(classes["TokenizerConfig"], "tokenizer.")
+    yield from _of(classes["LoraConfig"], "lora.")
     yield from _of(classes["MeshConfig"], "mesh.")
     yield from _of(classes["ContextConfig"], "context.")
     yield from _of(classes["AttentionConfig"], "attention.")

@@ -25,7 +25,8 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    names = ("config.json", "adapter_config.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in names):
         newest = checkpoint.find(folder)[0]
         if newest is None:
             raise ConfigError(f"{model}: neither a model nor a checkpoint in it yet")

@@ -39,6 +39,39 @@ def test_kinds_of_records(tmp_path):
     assert [d.text for d in read_all(path, field="body")[0] if isinstance(d, Text)] == ["b"]
 
 
+def test_alpaca_records_are_chats_of_one_exchange(tmp_path):
+    path = jsonl(
+        tmp_path / "x.jsonl",
+        [
+            {"instruction": "add", "input": "1 and 2", "output": "3"},
+            {"instruction": "greet", "input": "", "output": "hi", "text": "### Instruction: ..."},
+            {"instruction": "greet", "output": "hi", "system": "be kind", "history": []},
+            {"instruction": "greet", "input": None, "output": "hi", "system": " "},
+        ],
+    )
+    found, problems = read_all(path)
+    assert not problems.total and all(isinstance(d, Chat) for d in found)
+    assert found[0].messages == (("user", "add\n\n1 and 2"), ("assistant", "3"))
+    assert found[1].messages == (("user", "greet"), ("assistant", "hi"))
+    assert found[2].messages == (("system", "be kind"), *found[1].messages)
+    assert found[3].messages == found[1].messages
+
+
+def test_sharegpt_records_are_chats(tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    told = [{"from": "system", "value": "be kind"}, {"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]  # fmt: skip
+    records = [{"conversations": turns * 2, "id": 7}, {"conversations": told}, {"conversations": turns, "system": "be kind"}]  # fmt: skip
+    found, problems = read_all(jsonl(tmp_path / "x.jsonl", records))
+    assert not problems.total
+    assert found[0].messages == (("user", "a"), ("assistant", "b")) * 2
+    assert found[1].messages == found[2].messages
+    assert found[2].messages == (("system", "be kind"), ("user", "a"), ("assistant", "b"))
+
+
+def turns(*who):
+    return json.dumps({"conversations": [{"from": w, "value": "x"} for w in who]}).encode()
+
+
 def messages(*roles):
     return json.dumps({"messages": [{"role": r, "content": "x"} for r in roles]}).encode()
 
@@ -62,7 +95,26 @@ BAD = {
     b'{"text": ""}': ("empty text", "text is empty"),
     b'{"text": " \\n"}': ("empty text", "text is empty"),
     b'{"text": "tab\there"}': ("not valid JSON", "Invalid control character"),
-    b'{"prompt": "x"}': ("missing field", "prompt and completion"),
+    b'{"prompt": "x"}': ("missing field", "the prompt has no completion; found 'prompt'"),
+    b'{"prompt": "x", "chosen": "y", "rejected": "z"}': ("missing field", "a preference pair"),
+    b'{"instruction": "x", "input": "y"}': ("missing field", "the instruction has no output"),
+    b'{"instruction": "x", "output": ""}': ("empty text", "output is empty"),
+    b'{"instruction": "", "output": "x"}': ("empty text", "instruction is empty"),
+    b'{"instruction": "x", "input": 3, "output": "x"}': ("wrong type", "input must be text"),
+    b'{"instruction": "x", "output": "y", "history": [["a", "b"]]}': ("bad chat", "history"),
+    b'{"conversations": "x"}': ("wrong type", "conversations must be a list"),
+    b'{"conversations": []}': ("bad chat", "no assistant"),
+    b'{"conversations": ["x"]}': ("wrong type", "conversations[0] must be an object"),
+    b'{"conversations": [{"from": "human"}]}': ("missing field", "conversations[0].value"),
+    b'{"conversations": [{"value": "x"}]}': ("bad chat", "conversations[0].from must be one of"),
+    turns("human", "tool"): ("bad chat", "conversations[1].from"),
+    turns("gpt"): ("bad chat", "conversations[0] is assistant after nothing"),
+    turns("human"): ("bad chat", "no assistant"),
+    turns("human", "human"): ("bad chat", "conversations[1] is user after user"),
+    b'{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": " "}]}': (
+        "empty text",
+        "conversations[1].value is empty",
+    ),
     b'{"prompt": "x", "completion": ""}': ("empty text", "completion is empty"),
     b'{"prompt": "x", "completion": null}': ("wrong type", "completion must be text"),
     b'{"messages": "x"}': ("wrong type", "must be a list"),

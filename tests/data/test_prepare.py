@@ -109,17 +109,42 @@ def test_chats_choose_best_fit_and_learn_replies_only(tokenizer, tmp_path):
     assert all(part in replies for part in learned.split("<|im_end|>")[:-1])
 
 
-def test_long_documents_are_cut_and_noted(tokenizer, tmp_path):
-    records = [
-        {"prompt": prose(2), "completion": prose(60)},
-        {"prompt": prose(100), "completion": "yes"},
-    ]
-    prepared = run(jsonl(tmp_path / "x.jsonl", records), tokenizer, tmp_path)
+def test_long_texts_are_cut_and_noted(tokenizer, tmp_path):
+    records = [{"text": prose(60)}, {"text": "the fox"}]
+    changes = {"data": {"packing": "best_fit", "eval_fraction": 0}}
+    prepared = run(jsonl(tmp_path / "x.jsonl", records), tokenizer, tmp_path, **changes)
     assert (
         prepared.notes[0]
-        == "2 documents are longer than sequence_length 32 and were cut into pieces"
+        == "1 documents are longer than sequence_length 32 and were cut into pieces"
     )
-    assert "hold nothing to learn" in prepared.notes[1]
+
+
+def test_a_chat_stays_whole_or_is_reported_with_its_line(tokenizer, tmp_path):
+    records = [
+        chat("the fox?", "a dog"),
+        {"instruction": "jump", "output": prose(60)},
+        {"prompt": prose(60), "completion": "yes"},
+        {"conversations": [{"from": "human", "value": "and"}, {"from": "gpt", "value": "jugs"}]},
+    ]
+    path = jsonl(tmp_path / "x.jsonl", records)
+    prepared = run(path, tokenizer, tmp_path, data={"eval_fraction": 0})
+    (problem,) = prepared.bad_records
+    assert (problem.kind, problem.count, problem.file, problem.line) == (
+        "too long",
+        2,
+        "x.jsonl",
+        2,
+    )
+    assert problem.reason.endswith(
+        "tokens are more than sequence_length 32: it would not stay whole"
+    )
+    assert prepared.num_documents == 4 and prepared.notes == ()
+    blocks = prepared.blocks("train")
+    batch = blocks.read(np.arange(len(blocks)))
+    learned = tokenizer.decode(batch.input_ids[batch.labels != -100])
+    assert learned in ("a dog<|im_end|>jugs<|im_end|>", "jugs<|im_end|>a dog<|im_end|>")
+    longer = run(path, tokenizer, tmp_path, sequence_length=512, data={"eval_fraction": 0})
+    assert longer.problems == () and longer.num_dialogues == 4
 
 
 def test_the_held_out_blocks_follow_seed_and_cost_no_preparation(

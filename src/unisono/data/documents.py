@@ -4,8 +4,9 @@ Contract: `read` yields every usable record of a source in file order and hands 
 `problems`, so that records read = documents + problems. JSON is read strictly: no NaN, no duplicate
 key, no lone surrogate, because each of them means that another reader would see other data.
 
-A record with `messages` is a chat, else one with `prompt` and `completion` is a completion, else its
-text field is text. A plain text file is one document; as it may be larger than memory it comes in
+What a record is, the first of these that it has: `messages`, a chat; `conversations` (ShareGPT: from,
+value), a chat; `prompt` and `completion`, a completion; `instruction` and `output` (Alpaca, with `input`
+if there is one), a chat of one exchange; the text field, text. A plain text file is one document; as it may be larger than memory it comes in
 segments of SEGMENT_CHARS or some more, cut at line ends, which are tokenized apart. Line ends become
 `\\n`, as for any text file in Python.
 
@@ -15,7 +16,7 @@ a few `max_line_bytes`.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,12 @@ from unisono.data.source import Source
 SEGMENT_CHARS = 32 * 1024
 _SEAM = re.compile(r"\S\n(?=\S)")
 ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {
+    "system": "system", "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant",
+}  # fmt: skip
+FIELDS = ("messages", "conversations", "system", "prompt", "completion", "instruction", "input", "output", "history")  # fmt: skip
+"""That decide what a record is, beside the text field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +167,7 @@ def _read_parquet(
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(source.path) as file:
-            names = {"messages", "prompt", "completion", text_field}
+            names = {*FIELDS, text_field}
             columns = [name for name in file.schema_arrow.names if name in names]
             disk_bytes, num_rows = source.path.stat().st_size, file.metadata.num_rows
             if num_rows == 0:
@@ -235,21 +242,77 @@ def _document(
 ) -> Document:
     if "messages" in record:
         return Chat(file, line, consumed, _messages(record["messages"]))
+    if "conversations" in record:
+        return Chat(file, line, consumed, _sharegpt(record))
     if "prompt" in record and "completion" in record:
         prompt, completion = _string(record, "prompt"), _string(record, "completion")
         return Completion(file, line, consumed, prompt, completion)
+    if "instruction" in record and "output" in record:
+        return Chat(file, line, consumed, _alpaca(record))
     if text_field not in record:
-        found = ", ".join(map(repr, list(record)[:6])) or "nothing"
-        reason = f"no field {text_field!r}, messages, or prompt and completion; found {found}"
-        raise _BadRecord("missing field", reason)
+        raise _BadRecord("missing field", _what_is_missing(record, text_field))
     return Text(file, line, consumed, _string(record, text_field))
+
+
+def _what_is_missing(record: Mapping[str, Any], text_field: str) -> str:
+    found = ", ".join(map(repr, list(record)[:6])) or "nothing"
+    if "prompt" in record and "chosen" in record:
+        return (
+            "a preference pair (prompt, chosen) is nothing to imitate: write prompt and completion"
+        )
+    for question, answer in (("prompt", "completion"), ("instruction", "output")):
+        if question in record:
+            return f"the {question} has no {answer}; found {found}"
+    kinds = "messages, conversations, prompt and completion, or instruction and output"
+    return f"no field {text_field!r}, {kinds}; found {found}"
+
+
+def _alpaca(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """One exchange; the input, which may be empty, stands below the instruction, a blank line between."""
+    if record.get("history"):
+        raise _BadRecord("bad chat", "history is not read: write the whole chat as messages")
+    asked = _string(record, "instruction")
+    if record.get("input") is not None and (more := _string(record, "input", may_be_empty=True)):
+        asked = f"{asked}\n\n{more}"
+    exchange = ("user", asked), ("assistant", _string(record, "output"))
+    return (*_system(record), *exchange)
+
+
+def _sharegpt(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    turns = record["conversations"]
+    if not isinstance(turns, list):
+        raise _BadRecord("wrong type", f"conversations must be a list, found {_kind(turns)}")
+    messages: list[tuple[str, str]] = [*_system(record)]
+    for i, turn in enumerate(turns):
+        where = f"conversations[{i}]"
+        if not isinstance(turn, Mapping):
+            raise _BadRecord("wrong type", f"{where} must be an object, found {_kind(turn)}")
+        said = turn.get("from")
+        role = SHAREGPT_ROLES.get(said) if isinstance(said, str) else None
+        if role is None:
+            known = ", ".join(SHAREGPT_ROLES)
+            raise _BadRecord(
+                "bad chat", f"{where}.from must be one of {known}, found {_kind(said)}"
+            )
+        content = _string(turn, "value", where + ".", may_be_empty=role == "system")
+        messages.append((role, content))
+    shift = len(_system(record))
+    _in_turn([role for role, _ in messages], lambda i: f"conversations[{i - shift}]")
+    return tuple(messages)
+
+
+def _system(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The system message that some Alpaca and ShareGPT records have beside the turns."""
+    if record.get("system") is None:
+        return ()
+    content = _string(record, "system", may_be_empty=True)
+    return (("system", content),) if content.strip() else ()
 
 
 def _messages(value: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list):
         raise _BadRecord("wrong type", f"messages must be a list, found {_kind(value)}")
     messages = []
-    previous = None
     for i, message in enumerate(value):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
@@ -258,16 +321,23 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
         if role not in ROLES:
             reason = f"{where}.role must be system, user or assistant, found {_kind(role)}"
             raise _BadRecord("bad chat", reason)
-        after_user = previous == "user"
-        if (role == "system" and i > 0) or (role != "system" and after_user == (role == "user")):
-            reason = f"{where} is {role} after {previous or 'nothing'}: a system message comes first, then user and assistant in turn"
-            raise _BadRecord("bad chat", reason)
         content = _string(message, "content", where + ".", may_be_empty=role == "system")
         messages.append((role, content))
-        previous = role
-    if not any(role == "assistant" for role, _ in messages):
-        raise _BadRecord("bad chat", "no assistant message: nothing to learn")
+    _in_turn([role for role, _ in messages], lambda i: f"messages[{i}]")
     return tuple(messages)
+
+
+def _in_turn(roles: list[str], name: Callable[[int], str]) -> None:
+    """A system message first, if any, then user and assistant in turn, and something to learn."""
+    previous = None
+    for i, role in enumerate(roles):
+        after_user = previous == "user"
+        if (role == "system" and i > 0) or (role != "system" and after_user == (role == "user")):
+            reason = f"{name(i)} is {role} after {previous or 'nothing'}: a system message comes first, then user and assistant in turn"
+            raise _BadRecord("bad chat", reason)
+        previous = role
+    if "assistant" not in roles:
+        raise _BadRecord("bad chat", "no assistant message: nothing to learn")
 
 
 def _string(

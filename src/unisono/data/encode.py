@@ -13,6 +13,9 @@ they do not, the record is reported and left out.
   template without them is rendered message by message, and what each assistant message adds
   after the generation prompt is learned.
 
+A chat or completion longer than `longest` tokens is reported and left out: a reply whose beginning is
+cut off would be learned without what it answers.
+
 Cost: the Rust tokenizer on all cores; about 120 bytes of memory a token of one batch.
 """
 
@@ -56,13 +59,15 @@ class Encoder:
     """Whether pieces tokenized apart are the text tokenized whole."""
     marks: bool
     """Whether the chat template marks what is generated."""
+    longest: int | None = None
+    """Tokens of a chat or completion that can stay whole; a longer one is reported and left out."""
 
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
 
-def make_encoder(tokenizer: "PreTrainedTokenizerFast") -> Encoder:
+def make_encoder(tokenizer: "PreTrainedTokenizerFast", longest: int | None = None) -> Encoder:
     """Raises ConfigError when the tokenizer cannot mark the end of a document."""
     end = tokenizer.eos_token_id
     if end is None:
@@ -80,6 +85,7 @@ def make_encoder(tokenizer: "PreTrainedTokenizerFast") -> Encoder:
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         splits=apart[0] + apart[1] == apart[2],
         marks=bool(_GENERATION.search(tokenizer.chat_template or "")),
+        longest=longest,
     )
 
 
@@ -108,6 +114,16 @@ def encode(
         else:
             learned = [learned for _, learned in each]
             framed = _framed(document, parts, learned, encoder)
+            if (
+                encoder.longest
+                and not isinstance(document, Text)
+                and len(framed[0]) > encoder.longest
+            ):
+                reason = (
+                    f"{len(framed[0]):,} tokens are more than sequence_length {encoder.longest:,}"
+                )
+                _report(document, f"{reason}: it would not stay whole", problems, "too long")
+                continue
             all_ids.append(framed[0])
             all_flags.append(framed[1])
     if not all_ids:
@@ -119,9 +135,11 @@ class _NoTemplate(Exception):
     """The chat template cannot render this conversation so that the replies are known."""
 
 
-def _report(document: Document, reason: str, problems: Problems) -> None:
+def _report(
+    document: Document, reason: str, problems: Problems, kind: str = "chat template"
+) -> None:
     record = repr(document).encode("utf-8", "backslashreplace")
-    problems.add("chat template", document.file, document.line, reason, record)
+    problems.add(kind, document.file, document.line, reason, record)
 
 
 def _pieces(document: Document, encoder: Encoder) -> Pieces:

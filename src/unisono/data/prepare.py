@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Progress = Callable[[str, float], None]
+RECORDS = 2
+"""Version of how records are read: 2 knows Alpaca and ShareGPT, and keeps chats whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class Prepared:
     """For training."""
     num_eval_blocks: int
     num_documents: int
+    num_dialogues: int
+    """Chats and completions among them."""
     num_tokens: int
     """In `folder`, without padding."""
     num_target_tokens: int
@@ -63,6 +67,8 @@ class Prepared:
     packing: Literal["concat", "best_fit"]
     problems: tuple[str, ...]
     """One line for each kind of record that could not be used."""
+    bad_records: tuple[Problem, ...]
+    """The same, as values."""
     notes: tuple[str, ...]
     """What packing did to documents that do not fit."""
 
@@ -89,7 +95,8 @@ def prepare(
     strict_data the first bad record).
     """
     tell = progress or (lambda stage, share: None)
-    encoder = make_encoder(tokenizer)
+    whole = config.sequence_length if config.data.packing != "concat" else None
+    encoder = make_encoder(tokenizer, longest=whole)
     cache_dir.mkdir(parents=True, exist_ok=True)
     train = _entry(config, config.data.path, "data.path", encoder, cache_dir, tell)
     entries = [train]
@@ -114,11 +121,13 @@ def prepare(
         num_blocks=total if own_eval else total - num_eval,
         num_eval_blocks=num_eval,
         num_documents=train.about["num_documents"],
+        num_dialogues=train.about["num_dialogues"],
         num_tokens=train.about["num_tokens"],
         num_target_tokens=train.about["num_target_tokens"],
         max_token_id=max(e.about["max_token_id"] for e in entries),
         packing=train.about["packing"],
         problems=tuple(problems.summary()),
+        bad_records=tuple(problems.by_kind.values()),
         notes=tuple(note for e in entries for note in e.about["notes"]),
     )
 
@@ -145,7 +154,7 @@ def _entry(
     inputs = contents(sources, cache_dir / "digests.json", lambda x: progress("hash", x))
     made_from = digest(
         {
-            "format": FORMAT,
+            "format": [FORMAT, RECORDS],
             "files": [[s.name, content.sha256] for s, content in zip(sources, inputs)],
             "tokenizer": tokenizer_digest(encoder.tokenizer),
             "sequence_length": config.sequence_length,
@@ -239,6 +248,7 @@ def _make(
             "made_from": made_from,
             "packing": packing,
             "num_documents": sum(p.num_documents for p in done),
+            "num_dialogues": sum(p.num_dialogues for p in done),
             "num_tokens": index.num_tokens,
             "num_target_tokens": index.num_target_tokens,
             "max_token_id": index.max_token_id,

@@ -17,20 +17,23 @@ import torch
 from unisono.attention.choose import Choice, choose
 from unisono.config import Config
 from unisono.data.blocks import Batch, Blocks
+from unisono.data.examples import examples
 from unisono.data.order import Order
 from unisono.data.prepare import Prepared, prepare
+from unisono.data.show import masks
 from unisono.data.tokenizer import check_vocabulary, load_tokenizer
 from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoError
 from unisono.files import write_json
 from unisono.forecast.probe import Probe
 from unisono.mesh import Divided, Mesh
+from unisono.model import adapter
 from unisono.model.load import load_model
 from unisono.observe.flops import Flops, count
 from unisono.observe.noise import Meter
 from unisono.observe.screen import Screen
 from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan, mesh_of
 from unisono.sync import Strategy, broadcast_model, make_strategy
-from unisono.sync.digest import sha256_of_each
+from unisono.sync.digest import check_replicas, sha256_of_each
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.link import BUSY_S, Link, measure_link
 from unisono.sync.slices import Slices
@@ -56,7 +59,7 @@ AMPLE = 0.25
 """Of the free memory may go to weights, gradients and optimizer before shards are for memory's sake."""
 TUNED = "tuned"
 """In the cache folder: sizes of buckets that were found."""
-SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism")
+SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism", "lora")
 """Fields that a resumed run must share with its checkpoint to be the same run."""
 
 
@@ -143,6 +146,7 @@ def set_up(
             "pip install 'unisono[tensorboard]'"
         ).on_every_rank()
     mesh = mesh_of(config, world.size)
+    _refuse_lora(config, mesh)
     _same_threads(votes, screen)
     run = Path(config.output_dir)
     tokenizer, prepared = _prepare_data(config, world, screen, ledger, run)
@@ -151,13 +155,16 @@ def set_up(
 
     def build_model() -> "tuple[PreTrainedModel, Choice]":
         model = load_model(
-            str(found.path) if found else config.model,
+            str(found.path) if found and config.lora is None else config.model,
             tokenizer,
             seed=config.seed,
             sequence_length=config.sequence_length,
             gradient_checkpointing=config.gradient_checkpointing,
         )
         check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
+        if config.lora is not None:
+            wanted = config.lora.model_dump()
+            model = adapter.attach(model, wanted, config.seed, found.path if found else None)
         return model, choose(model, asked_attention(config, mesh), world.device)
 
     built = attempt(votes, build_model)
@@ -167,7 +174,10 @@ def set_up(
     whole = config.sync != "sharded"
     if whole and mesh.tensor == 1:
         model.to(world.device)
-    broadcast_model(model, votes)
+    if config.lora is None:
+        broadcast_model(model, votes)
+    else:
+        _share_adapters(model, votes)
     division = attempt(votes, lambda: divide(model, mesh.tensor)) if mesh.tensor > 1 else None
     if division and division.note:
         screen.say(f"tensor: {division.note}", "dim")
@@ -260,6 +270,41 @@ def _kept(model: torch.nn.Module) -> float:
 
 def _tensor_group(mesh: Mesh, ledger: Ledger, timeout_s: float) -> Group:
     return Group("tensor", ledger, timeout_s, parts=mesh.groups("tensor"))
+
+
+def _refuse_lora(config: Config, mesh: Mesh) -> None:
+    """Where adapters cannot be trained as asked."""
+    if config.lora is None:
+        return
+    if isinstance(config.model, dict):
+        raise ConfigError(
+            "lora: found with an architecture for model; adapters need trained weights beside them: "
+            "name a model directory"
+        ).on_every_rank()
+    if config.sync == "sharded":
+        raise ConfigError(
+            "sync: found sharded with lora; adapters are small: write sync: exact, whose replicas hold "
+            "the frozen weights whole"
+        ).on_every_rank()
+    if mesh.tensor > 1:
+        raise ConfigError(
+            f"mesh.tensor: found {mesh.tensor} with lora, whose adapters are not divided; write "
+            f"mesh.tensor: 1"
+        ).on_every_rank()
+
+
+def _share_adapters(model: torch.nn.Module, votes: Group) -> None:
+    """Collective: rank 0's trained weights on all ranks; the frozen ones are only compared."""
+    for p in model.parameters():
+        if p.requires_grad:
+            votes.broadcast(p.detach()).wait()
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    try:
+        check_replicas(frozen, votes, step=0)
+    except ReplicaError as error:
+        raise ReplicaError(
+            f"model: the hosts have other base models: {error}"
+        ).on_every_rank() from None
 
 
 def _link(config: Config, world: World, votes: Group, probe: Probe | None) -> Link | None:
@@ -365,6 +410,8 @@ def _prepare_data(
         f"data: {found.num_documents:,} documents, {found.num_tokens:,} tokens, "
         f"{found.num_blocks + found.num_eval_blocks:,} samples of {config.sequence_length} tokens"
     )
+    if found.num_dialogues and world.is_main:
+        screen.show(masks(tuple(examples(config, result[0], count=2))))
     for note in (*found.problems, *found.notes):
         screen.warn(f"data: {note}")
     return result
@@ -394,7 +441,10 @@ def own_samples(job: Job) -> list[int]:
 
 
 def weights_digest(job: Job, weights: dict[str, torch.Tensor]) -> str:
-    """Collective: SHA-256 of all weights (as `state_dict` gave them) and optimizer state."""
+    """Collective: SHA-256 of all weights (as `state_dict` gave them) and optimizer state; with LoRA
+    of the weights that are trained."""
+    if job.config.lora is not None:
+        weights = {name: weights[name] for name, _ in job.sync.named_parameters()}
     return sha256_of_each(chain(weights.items(), job.sync.optimizer_state()))
 
 
@@ -483,12 +533,17 @@ def _check_same_bits(found: checkpoint.Manifest, plan: Plan, config: Config) -> 
 def _check_same_run(config: Config, found: checkpoint.Manifest, data: dict[str, Any]) -> None:
     before = found.meta["config"]
     for name in SAME_RUN:
-        now = config.model_dump(mode="json")[name]
-        if before[name] != now:
+        now, then = config.model_dump(mode="json")[name], before.get(name)
+        if then != now:
             raise ConfigError(
-                f"{name}: found {now!r}, but {found.path} was trained with {before[name]!r}; write "
-                f"{name}={before[name]!r} to go on, or another output_dir to start anew"
+                f"{name}: found {now!r}, but {found.path} was trained with {then!r}; write "
+                f"{name}={then!r} to go on, or another output_dir to start anew"
             )
+    if config.lora is not None and before["model"] != config.model:
+        raise ConfigError(
+            f"model: found {config.model!r}, but {found.path} holds adapters of {before['model']!r}; "
+            f"restore it to go on, or choose another output_dir to start anew"
+        )
     if found.meta["data"] != data:
         raise ConfigError(
             f"data: not what {found.path} was trained on (files, tokenizer, packing or split "

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from unisono.config import Config
 from unisono.errors import CheckpointError
 from unisono.files import fsync_file, fsync_folder
+from unisono.model import adapter
 from unisono.sync import Strategy
 from unisono.sync.update import OptimizerFactory
 from unisono.train.scaling import Hyper
@@ -29,6 +30,9 @@ OPTIMIZER_FILES = "optimizer-*.safetensors"
 FILE_BYTES = 1 << 30
 """Optimizer state is written as it is gathered, in files of about this size, so that no rank needs
 memory for all of it."""
+
+HEADS = ("config.json", adapter.CONFIG)
+"""The file by which a folder is known as a model, or as adapters."""
 
 Weights = dict[str, torch.Tensor]
 
@@ -60,8 +64,13 @@ def optimizer_factory(config: Config, hyper: Hyper) -> OptimizerFactory:
 def save_model(
     folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", weights: Weights
 ) -> None:
-    """A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load."""
-    model.save_pretrained(folder, state_dict=_apart(weights))
+    """A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load; of a model with
+    adapters only those, as peft saves them."""
+    if hasattr(model, "peft_config"):
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        adapter.save(model, folder, _apart({n: t for n, t in weights.items() if n in trained}))
+    else:
+        model.save_pretrained(folder, state_dict=_apart(weights))
     tokenizer.save_pretrained(folder)
 
 
@@ -80,13 +89,14 @@ def _apart(weights: Weights) -> Weights:
 def publish_model(
     run: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", weights: Weights
 ) -> None:
-    """`save_model` at the root of a run folder: each file whole or not at all, config.json last."""
+    """`save_model` at the root of a run folder: each file whole or not at all, HEADS last."""
     temporary = run / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_model(temporary, model, tokenizer, weights)
-    (run / "config.json").unlink(missing_ok=True)  # without it no half of two models is one
-    for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
+    for name in HEADS:
+        (run / name).unlink(missing_ok=True)  # without it no half of two models is one
+    for path in sorted(temporary.iterdir(), key=lambda p: p.name in HEADS):
         if path.is_file():
             path.chmod(0o644)
             fsync_file(path)
