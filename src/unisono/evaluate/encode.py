@@ -27,10 +27,11 @@ def likelihood(
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    whole = _ids(tokenizer, context + continuation)
-    before = len(_ids(tokenizer, context)) if context else 0
     if not context:
-        whole, before = [prefix_of(tokenizer), *whole], 1
+        whole = [prefix_of(tokenizer), *_ids(tokenizer, continuation)]
+        return _fitting(whole, len(whole) - 1, most)
+    whole = _ids(tokenizer, context + continuation, begin=True)
+    before = len(_ids(tokenizer, context, begin=True))
     return _fitting(whole, len(whole) - before, most)
 
 
@@ -67,7 +68,7 @@ def generation(
     if isinstance(prompt, str) and chat and tokenizer.chat_template:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        ids = _ids(tokenizer, prompt) or [prefix_of(tokenizer)]
+        ids = _ids(tokenizer, prompt, begin=True) or [prefix_of(tokenizer)]
     elif tokenizer.chat_template:
         ids = _ids(tokenizer, render(tokenizer, prompt, ask=True))
     else:
@@ -113,8 +114,9 @@ def messages_of(value: Any, name: str) -> str | list[dict[str, str]]:
     return found
 
 
-def _ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _ids(tokenizer: "PreTrainedTokenizerFast", text: str, begin: bool = False) -> list[int]:
+    """`begin`: with the beginning token, where the tokenizer adds one; a template writes its own."""
+    return list(tokenizer(text, add_special_tokens=begin, verbose=False)["input_ids"])
 
 
 def _fitting(ids: list[int], targets: int, most: int | None) -> Likelihood:
