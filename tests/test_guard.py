@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from unisono.errors import UnisonoError
 from unisono.files import read_lines
 from unisono.guard import BLOCKED, Completion, Guard, Rule, sketch

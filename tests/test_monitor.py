@@ -5,12 +5,40 @@ import random
 from pathlib import Path
 
 import pytest
+
 from unisono.errors import DataError
 from unisono.guard import sketch
 from unisono.monitor import Baseline, Tail, command, fisher, mann_whitney, windows
 
-WORDS = ["bread", "flour", "oven", "yeast", "water", "salt", "dough", "bake", "crust", "rise", "knead", "warm", "slice"]
-CODE = ["python", "loop", "list", "tuple", "import", "class", "method", "string", "bytes", "error", "stack", "thread"]
+WORDS = [
+    "bread",
+    "flour",
+    "oven",
+    "yeast",
+    "water",
+    "salt",
+    "dough",
+    "bake",
+    "crust",
+    "rise",
+    "knead",
+    "warm",
+    "slice",
+]
+CODE = [
+    "python",
+    "loop",
+    "list",
+    "tuple",
+    "import",
+    "class",
+    "method",
+    "string",
+    "bytes",
+    "error",
+    "stack",
+    "thread",
+]
 
 
 def rows(count: int, seed: int, refused: float = 0.1, nats: float = 2.0, words: list = WORDS, length: int = 12) -> list[dict]:  # fmt: skip

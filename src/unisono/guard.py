@@ -40,6 +40,7 @@ SKETCH = 256
 """Buckets of the sketch of a prompt."""
 TOO_TOXIC = 2.4
 BLOCKED = "I cannot help with that."
+_WORDS = own()
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,6 @@ RULES = (
         _luhn(re.sub(r"\D", "", m[0])) for m in re.finditer(r"(?<![\d.])(?:\d[ -]?){12,18}\d(?![\d.])", text))),
     Rule("toxic", ("prompt", "completion"), lambda text: _WORDS.score(text) >= TOO_TOXIC),
 )  # fmt: skip
-_WORDS = own()
 
 
 def _luhn(digits: str) -> bool:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from unisono.evaluate.intervals import bootstrap, holm, mcnemar, paired, ratio, wilson
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from tiny import TEXT
+
+from ranks import run_ranks
 from unisono.evaluate import model as model_module
 from unisono.evaluate import run as run_module
 from unisono.evaluate.ask import ask, batches_of

@@ -9,9 +9,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra lm-eval)")
 
-from ranks import run_ranks
 from test_likelihood import evaluated
 from tiny import TEMPLATE, TEXT, write_model  # noqa: F401
+
+from ranks import run_ranks
 from unisono.evaluate.harness import harness
 from unisono.evaluate.run import Asked
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from unisono.errors import ConfigError
 from unisono.evaluate import model, packages, refusals, safety, toxicity
 from unisono.evaluate.items import Answer

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from unisono.errors import ConfigError, DataError
 from unisono.evaluate import choices, model, preferences, results, tasks
 from unisono.evaluate.encode import response_likelihood

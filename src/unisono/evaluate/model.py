@@ -132,7 +132,7 @@ def likelihoods(loaded: Loaded, requests: Sequence[Likelihood]) -> list[Answer]:
         some: dict[str, Any] = {"logits_to_keep": ids.shape[1] - first} if _can_skip(loaded) else {}
         logits = loaded.model(input_ids=ids.to(device), use_cache=False, **some).logits
         offset = ids.shape[1] - logits.shape[1]
-        answers = []
+        answers: list[Answer] = []
         for row, request in zip(rows, requests, strict=True):
             end = len(row) - 1 - offset
             chosen = logits[len(answers), end - request.targets : end].float()

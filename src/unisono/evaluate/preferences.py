@@ -50,7 +50,8 @@ def parse(record: dict[str, Any]) -> Pair:
     elif isinstance(chosen, str):
         raise BadRecord("no `prompt`")
     else:
-        same = sum(1 for _ in _common(chosen, rejected))
+        assert not isinstance(rejected, str)  # both are of one kind
+        same = _common(chosen, rejected)
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
         if not (prompt and chosen and rejected):
             raise BadRecord("`chosen` and `rejected` need a common beginning and different ends")
@@ -67,11 +68,10 @@ def parse(record: dict[str, Any]) -> Pair:
     return prompt, chosen, rejected
 
 
-def _common(first: Messages, second: Messages) -> Any:
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            return
-        yield a
+def _common(first: Messages, second: Messages) -> int:
+    """How many messages two conversations begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((k for k, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def suite(

@@ -83,7 +83,7 @@ def scored(
 ) -> dict[str, Any]:
     """One suite's part of the results file."""
     items: dict[str, dict[str, Pair]] = {}
-    examples = []
+    examples: list[dict[str, Any]] = []
     for item in suite.items:
         asked = [key_of(r) for r in item.requests]
         told = [answers[k] for k in asked]
