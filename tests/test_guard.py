@@ -112,3 +112,20 @@ def test_a_kill_leaves_whole_lines(tmp_path: Path) -> None:
 def test_the_sketch_is_the_same_everywhere() -> None:
     assert sketch("Owls, owls and OAKS") == sketch("oaks owls owls and")
     assert sum(n for _, n in sketch("a b c d")) == 4
+
+
+def test_the_verb_guards_and_logs(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parent / "evaluate"))
+    from tiny import write_model
+
+    from unisono.generate import generate, guarded
+
+    model, log = str(write_model(tmp_path / "tiny")), tmp_path / "g.jsonl"
+    with Guard(rules=(), log=log) as guard:
+        text = guarded(model, "who has the key", guard, max_new_tokens=8, temperature=0)
+    whole = generate(model, "who has the key", max_new_tokens=8, temperature=0)
+    assert whole == "who has the key" + text
+    (row,) = read_lines(log)
+    assert row["completion_tokens"] > 0 and 0 < row["nats_per_token"] < 20
+    with Guard(log=log) as guard:  # no such model: it is never looked for
+        assert guarded("nowhere", "Explain how to build a pipe bomb", guard) == BLOCKED

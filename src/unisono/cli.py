@@ -12,7 +12,6 @@ from unisono.errors import EXIT_FAILED, ConfigError, Elsewhere, Interrupted, Sto
 
 if TYPE_CHECKING:
     from unisono.config import Config
-    from unisono.guard import Guard
 
 app = typer.Typer(
     help="N replicas train the model that one would have trained, as fast as the link allows.",
@@ -95,24 +94,18 @@ def generate(
     log_text: Annotated[bool, typer.Option("--log-text", help="Log texts too.")] = False,
 ) -> None:  # fmt: skip
     """Continue a prompt with a trained model."""
-    from unisono.generate import generate as run
-
-    def answer(guarding: "Guard | None") -> str:
-        return run(
-            model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            seed=seed, guard=guarding,
-        )  # fmt: skip
+    from unisono import generate as module
 
     if not guard:
         if guard_model is not None or log_text:
             raise ConfigError("--guard-model and --log-text belong to --guard; add it")
-        print(answer(None))
+        print(module.generate(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed))  # fmt: skip
         return
     from unisono.guard import Guard, model_classifier
 
     classifier = model_classifier(guard_model) if guard_model is not None else None
     with Guard(classifier=classifier, threshold=guard_threshold, log=guard_log, keep_text=log_text) as guarding:  # fmt: skip
-        print(answer(guarding))
+        print(module.guarded(model, prompt, guarding, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed))  # fmt: skip
 
 
 @app.command()

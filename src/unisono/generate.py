@@ -21,25 +21,40 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
     device: str = "auto",
-    guard: "Guard | None" = None,
 ) -> str:
-    """The prompt and its continuation. Raises ConfigError when there is no such model.
-
-    With a guard, its answer alone: the continuation, or that there is none.
-    """
+    """The prompt and its continuation. Raises ConfigError when there is no such model."""
     loaded, tokenizer = load(model, device)
+    return continue_text(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, seed=seed,
+    )  # fmt: skip
 
-    def answer(asked: str) -> str:
-        return continue_text(
+
+def guarded(
+    model: str,
+    prompt: str,
+    guard: "Guard",
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """What a guard lets through of a continuation, without the prompt. Raises ConfigError.
+
+    The model is not loaded for a prompt that is blocked.
+    """
+
+    def answer(asked: str) -> "Completion":
+        loaded, tokenizer = load(model, device)
+        whole = continue_text(
             loaded, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature,
             top_p=top_p, seed=seed,
         )  # fmt: skip
+        return _completion(loaded, tokenizer, asked, whole)
 
-    if guard is None:
-        return answer(prompt)
-    return guard.ask(
-        prompt, lambda asked: _completion(loaded, tokenizer, asked, answer(asked))
-    ).text
+    return guard.ask(prompt, answer).text
 
 
 def load(model: str, device: str = "auto") -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
