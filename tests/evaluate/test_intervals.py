@@ -50,6 +50,21 @@ def test_paired_sees_a_small_shift_that_separate_intervals_do_not() -> None:
     assert paired(before, before) == (0.0, 0.0, 1.0)
 
 
+def test_few_items_are_never_certain() -> None:
+    before = [(float(k), 3.0) for k in range(5)]
+    after = [(a - 1.0, b) for a, b in before]
+    assert paired(before, after)[2] == pytest.approx(2 / 2**5, abs=0.006)
+
+
+def test_p_is_small_as_seldom_as_it_says() -> None:
+    random = np.random.default_rng(3)
+    found = []
+    for _ in range(100):
+        a, b = random.exponential(size=(2, 8))
+        found.append(paired([(float(v), 1.0) for v in a], [(float(v), 1.0) for v in b])[2])
+    assert np.mean(np.array(found) < 0.1) <= 0.1 + 2 * 0.03
+
+
 def test_mcnemar_is_the_exact_binomial() -> None:
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(1, 5) == pytest.approx(2 * (1 + 6) / 64)

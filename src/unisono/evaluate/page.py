@@ -15,7 +15,7 @@ from unisono.evaluate.show import difference_interval, interval, number, signed
 from unisono.observe.report import PAGE
 
 MOST_EXAMPLES = 8
-_WIDTH, _LEFT, _RIGHT, _ROW = 720, 190, 70, 30
+_WIDTH, _LEFT, _RIGHT, _ROW = 1032, 190, 70, 30
 _STYLE = """
 .sets { display: grid; gap: 34px; }
 .dot { fill: var(--compute); } .dot.was { fill: var(--paper); stroke: var(--soft); stroke-width: 1.6; }

@@ -3,7 +3,7 @@
 A results file is one JSON document that holds every item's scores, so that it can be compared with any
 other later. A difference is called real when its p, adjusted over all differences of the comparison
 (Holm), is below 0.05. Shares are tested by McNemar's exact test on the items that changed, means and
-losses by a paired bootstrap; intervals of differences are paired bootstraps.
+losses by a permutation of the pairs; intervals of differences are paired bootstraps.
 """
 
 import json
