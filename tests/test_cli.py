@@ -113,7 +113,16 @@ def test_verbs_and_options_are_frozen() -> None:
     assert found == {
         "fields": [],
         "train": ["--replicas", "--serve"],
-        "generate": ["--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-p"],
+        "generate": [
+            "--guard", "--guard-log", "--guard-model", "--guard-threshold", "--log-text",
+            "--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-p",
+        ],
+        "eval": [
+            "--baseline", "--choices", "--context", "--device", "--dtype", "--json", "--limit", "--lm-eval",
+            "--output", "--preferences", "--reference", "--replicas", "--stride", "--suite", "--tasks",
+            "--text", "--wheels",
+        ],
+        "monitor": ["--alarms", "--baseline", "--follow", "--json", "--window"],
         "verify": ["--json", "--mesh", "--replicas", "--steps", "--strict"],
         "report": ["--output"],
         "probe": ["--output", "--replicas"],

@@ -87,11 +87,27 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
     seed: int = 0,
-) -> None:
+    guard: Annotated[bool, typer.Option("--guard", help="Check prompt and answer, log both.")] = False,
+    guard_log: Annotated[Path, typer.Option(help="The audit log; texts are not in it.")] = Path("guard.jsonl"),
+    guard_model: Annotated[
+        Path | None, typer.Option(help="A text classifier's directory, beside the rules.")
+    ] = None,
+    guard_threshold: Annotated[float, typer.Option(help="Its score that blocks.")] = 0.5,
+    log_text: Annotated[bool, typer.Option("--log-text", help="Log texts too.")] = False,
+) -> None:  # fmt: skip
     """Continue a prompt with a trained model."""
-    from unisono.generate import generate as run
+    from unisono import generate as module
 
-    print(run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed))  # fmt: skip
+    if not guard:
+        if guard_model is not None or log_text:
+            raise ConfigError("--guard-model and --log-text belong to --guard; add it")
+        print(module.generate(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed))  # fmt: skip
+        return
+    from unisono.guard import Guard, model_classifier
+
+    classifier = model_classifier(guard_model) if guard_model is not None else None
+    with Guard(classifier=classifier, threshold=guard_threshold, log=guard_log, keep_text=log_text) as guarding:  # fmt: skip
+        print(module.guarded(model, prompt, guarding, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed))  # fmt: skip
 
 
 @app.command()
@@ -351,6 +367,93 @@ def fields(
             console.print(f"[cyan]{field.name}[/cyan]: {escape(field.kind)}{escape(default)}")
             if field.text:
                 console.print(Padding(escape(field.text), (0, 0, 0, 4)), style="dim")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run folder, a checkpoint, or a model directory.")],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="safety, bias, refusal, jailbreak, siqa, ...; may be repeated."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Held-out texts: loss and perplexity.")
+    ] = None,
+    preferences: Annotated[
+        list[Path] | None, typer.Option(help="JSONL of prompt, chosen, rejected.")
+    ] = None,
+    reference: Annotated[str, typer.Option(help="Implicit rewards are against this model.")] = "",
+    choices: Annotated[
+        list[Path] | None, typer.Option(help="JSONL of question, choices, answer.")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None, typer.Option(help="JSONL of prompt, answer: generated, matched.")
+    ] = None,
+    baseline: Annotated[str, typer.Option(help="Another model, or its results.json.")] = "",
+    replicas: Annotated[int | None, typer.Option(min=1, help="Local replicas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each suite.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a window.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Of windows; default: half.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    wheels: Annotated[Path | None, typer.Option(help="Wheels that hold safety data.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Answers and report; default: evals/NAME.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here too.")
+    ] = None,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option(help="A task of lm-eval (extra), by name; one replica.")
+    ] = None,
+) -> None:
+    """Judge a model: loss, preferences, choices, tasks, safety; and what changed since another."""
+    from unisono.world import from_env, launched
+
+    if lm_eval:
+        from unisono.evaluate.harness import harness
+
+        harness(model, lm_eval, limit, dtype, device, json_file)
+        return
+    from unisono.evaluate import command
+
+    asked = command.asked(
+        model, suites=suite, text=text, preferences=preferences, reference=reference, choices=choices,
+        tasks=tasks, baseline=baseline, limit=limit, context=context, stride=stride, dtype=dtype,
+        wheels=wheels, output=output,
+    )  # fmt: skip
+
+    if not launched():
+        count = replicas or (1 if device == "cpu" else max(1, _gpus()))
+        if count > 1:
+            from unisono.launch.local import launch
+
+            again = [sys.executable, "-m", "unisono", *sys.argv[1:]]
+            raise typer.Exit(launch(again, count))
+    from unisono.launch.local import die_with_parent
+
+    die_with_parent()
+    command.command(asked, from_env(device, None, 3600.0), json_file)
+
+
+@app.command()
+def monitor(
+    log: Annotated[Path, typer.Argument(help="An audit log that --guard wrote.")],
+    baseline: Annotated[Path, typer.Option(help="The log of a time when all was well.")],
+    window: Annotated[int, typer.Option(min=20, help="Requests judged together.")] = 100,
+    alarms: Annotated[
+        float, typer.Option(help="False alarms per window, over all signals.")
+    ] = 0.01,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on as the log grows.")] = False,
+    json_lines: Annotated[
+        Path | None, typer.Option("--json", help="Append every window here.")
+    ] = None,
+) -> None:
+    """Watch a guard's log for drift; exit code 1 when there is some."""
+    from unisono.monitor import command
+
+    if command(log, baseline, window, alarms, follow, json_lines):
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command(hidden=True)

@@ -481,6 +481,6 @@ _ALL_FIELDS = {
         MeshConfig,
         ContextConfig,
         AttentionConfig,
-    )  # fmt: skip
+    )
     for name in s.model_fields
 }

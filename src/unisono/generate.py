@@ -9,6 +9,8 @@ from unisono.train import checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from unisono.guard import Completion, Guard
+
 
 def generate(
     model: str,
@@ -21,6 +23,42 @@ def generate(
     device: str = "auto",
 ) -> str:
     """The prompt and its continuation. Raises ConfigError when there is no such model."""
+    loaded, tokenizer = load(model, device)
+    return continue_text(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, seed=seed,
+    )  # fmt: skip
+
+
+def guarded(
+    model: str,
+    prompt: str,
+    guard: "Guard",
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """What a guard lets through of a continuation, without the prompt. Raises ConfigError.
+
+    The model is not loaded for a prompt that is blocked.
+    """
+
+    def answer(asked: str) -> "Completion":
+        loaded, tokenizer = load(model, device)
+        whole = continue_text(
+            loaded, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_p=top_p, seed=seed,
+        )  # fmt: skip
+        return _completion(loaded, tokenizer, asked, whole)
+
+    return guard.ask(prompt, answer).text
+
+
+def load(model: str, device: str = "auto") -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
+    """A model and its tokenizer from a run, a checkpoint, a directory or the hub. Raises ConfigError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,10 +78,27 @@ def generate(
         raise ConfigError(f"{model}: not a model that can be loaded: {line}") from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return continue_text(
-        loaded.to(device), tokenizer, prompt, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p, seed=seed,
-    )  # fmt: skip
+    return loaded.to(device), tokenizer
+
+
+def _completion(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", prompt: str, whole: str
+) -> "Completion":
+    """What follows the prompt, and how probable the model itself finds it."""
+    import torch
+
+    from unisono.guard import Completion
+
+    text = whole.removeprefix(prompt)
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(whole, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    count = ids.shape[1] - len(before)
+    if count <= 0 or not before:
+        return Completion(text, max(0, count))
+    with torch.no_grad():
+        logits = model(ids.to(model.device), use_cache=False).logits[0, len(before) - 1 : -1]
+    nats = torch.nn.functional.cross_entropy(logits.float(), ids[0, len(before) :].to(model.device))
+    return Completion(text, count, float(nats))
 
 
 def continue_text(
