@@ -344,9 +344,7 @@ def _mask(
         kind = (*key, mask.window, mask.chunk, documents is None)
         if kind in current.hook.checked:
             break
-        # transformers forgets the documents when it is given a padding mask or a cache. We do not.
-        packed = replace(mask, documents=current.documents if whole else None)
-        if _agrees(packed, mask_function, span) or _agrees(mask, mask_function, span):
+        if _agrees(replace(mask, documents=documents), mask_function, span):
             current.hook.checked.add(kind)
             break
     else:
@@ -367,7 +365,10 @@ def _candidates(local_size: int | None, config: Any) -> Iterator[Mask]:
 
 
 def _agrees(mask: Mask, function: Callable[..., Tensor], span: tuple[int, ...]) -> bool:
-    """The description and transformers' rule say the same of pairs at random and of pairs near edges."""
+    """The description and transformers' rule say the same of pairs at random and of pairs near edges.
+
+    Only within documents: where it was given a padding mask or a cache, transformers forgets them.
+    """
     rows, q0, q1, k0, k1 = span
     generator = torch.Generator().manual_seed(0)
 
@@ -380,15 +381,15 @@ def _agrees(mask: Mask, function: Callable[..., Tensor], span: tuple[int, ...]) 
     j = torch.cat((some(k0, k1, 1024), (i[1024:] - edges).clamp(k0, k1 - 1)))
     row = some(0, rows, 2048)
     theirs = torch.as_tensor(function(row, torch.zeros_like(row), i, j)).expand(len(i)).cpu()
-    return torch.equal(mask.sees(row, i, j), theirs)
+    within = Mask(causal=False, documents=mask.documents).sees(row, i, j)
+    return torch.equal(mask.sees(row, i, j)[within], theirs[within])
 
 
 def _padding(attention_mask: Tensor) -> Documents | None:
     """Padding as documents of its own, which no token sees; the tokens of a row must be one run."""
     inside = attention_mask.bool()
-    if (inside.int().diff(dim=1) == 1).sum(1).max() > 1 or (
-        (inside.int().diff(dim=1) != 0).sum(1).max() > 2
-    ):
+    runs = inside[:, 0] + (inside.int().diff(dim=1) == 1).sum(1)
+    if runs.max() > 1:
         raise NotHooked("attention_mask has padding between tokens; pack documents by position_ids")
     return Documents.of_ids(inside)
 
