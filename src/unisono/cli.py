@@ -115,8 +115,8 @@ def verify(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     replicas: Annotated[
-        str, typer.Option(help="Numbers of replicas; the first is compared with.")
-    ] = "",
+        str | None, typer.Option(help="Numbers of replicas; the first is compared with.")
+    ] = None,
     mesh: Annotated[
         list[str] | None,
         typer.Option(help="A mesh to compare too: replica=2,tensor=2. May be given several times."),
@@ -140,12 +140,13 @@ def verify(
     items = [*(overrides or []), *(["determinism=strict"] if strict else [])]
     asked = config_module.load(config, items)
     meshes = [_mesh(text) for text in mesh or ()]
-    if not mesh and not replicas and asked.mesh is not None:
+    if not mesh and replicas is None and asked.mesh is not None:
         from unisono.plan import mesh_of
 
         meshes = [mesh_of(asked, _local_replicas(asked))]
+    wanted = replicas if replicas is not None else "1" if meshes else "1,2,4"
     try:
-        counts = [int(part) for part in (replicas or ("1" if meshes else "1,2,4")).split(",")]
+        counts = [int(part) for part in wanted.split(",")]
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:

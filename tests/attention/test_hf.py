@@ -216,7 +216,8 @@ def test_every_pattern_trains(pattern: str) -> None:
     plain = build("llama")
     hook(plain)
     assert not torch.equal(sparse[:, -1], logits_of(plain, ids, positions)[:, -1])
-    assert torch.equal(sparse[:, :8], logits_of(plain, ids, positions)[:, :8])
+    if pattern != "dilated":  # which leaves gaps from the start
+        assert torch.equal(sparse[:, :8], logits_of(plain, ids, positions)[:, :8])
 
 
 # --- refusals

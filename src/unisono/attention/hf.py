@@ -343,12 +343,12 @@ def _mask(
         raise NotHooked("a mask was asked for outside of a forward pass of the hooked model")
     q_start, k_start = int(q_offset), int(kv_offset)
     whole = not q_start and not k_start and kv_length == q_length  # else a step of generation
-    own = documents = current.documents if whole else None
+    documents = current.documents if whole else None
     if attention_mask is not None and (padding := _padding(attention_mask)) is not None:
         documents = padding if documents is None else documents.cut(padding)
-    if (
-        current.context is not None
-    ):  # transformers' rule is tried on this rank's tokens by themselves
+    own = documents
+    if current.context is not None:
+        # transformers' rule is tried on this rank's tokens by themselves.
         if attention_mask is not None:
             raise NotHooked("attention_mask over several ranks; pack documents by position_ids")
         documents = current.context.documents
@@ -361,9 +361,7 @@ def _mask(
         # On one of several ranks, transformers counts chunks from the wrong token.
         if kind in current.hook.checked or (mask.chunk and current.context is not None):
             break
-        # transformers forgets the documents when it is given a padding mask or a cache. We do not.
-        packed = replace(mask, documents=own)
-        if _agrees(packed, mask_function, span) or _agrees(mask, mask_function, span):
+        if _agrees(replace(mask, documents=own), mask_function, span):
             current.hook.checked.add(kind)
             break
     else:
@@ -384,7 +382,10 @@ def _candidates(local_size: int | None, config: Any) -> Iterator[Mask]:
 
 
 def _agrees(mask: Mask, function: Callable[..., Tensor], span: tuple[int, ...]) -> bool:
-    """The description and transformers' rule say the same of pairs at random and of pairs near edges."""
+    """The description and transformers' rule say the same of pairs at random and of pairs near edges.
+
+    Only within documents: where it was given a padding mask or a cache, transformers forgets them.
+    """
     rows, q0, q1, k0, k1 = span
     generator = torch.Generator().manual_seed(0)
 
@@ -397,15 +398,15 @@ def _agrees(mask: Mask, function: Callable[..., Tensor], span: tuple[int, ...]) 
     j = torch.cat((some(k0, k1, 1024), (i[1024:] - edges).clamp(k0, k1 - 1)))
     row = some(0, rows, 2048)
     theirs = torch.as_tensor(function(row, torch.zeros_like(row), i, j)).expand(len(i)).cpu()
-    return torch.equal(mask.sees(row, i, j), theirs)
+    within = Mask(causal=False, documents=mask.documents).sees(row, i, j)
+    return torch.equal(mask.sees(row, i, j)[within], theirs[within])
 
 
 def _padding(attention_mask: Tensor) -> Documents | None:
     """Padding as documents of its own, which no token sees; the tokens of a row must be one run."""
     inside = attention_mask.bool()
-    if (inside.int().diff(dim=1) == 1).sum(1).max() > 1 or (
-        (inside.int().diff(dim=1) != 0).sum(1).max() > 2
-    ):
+    runs = inside[:, 0] + (inside.int().diff(dim=1) == 1).sum(1)
+    if runs.max() > 1:
         raise NotHooked("attention_mask has padding between tokens; pack documents by position_ids")
     return Documents.of_ids(inside)
 
