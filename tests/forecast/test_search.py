@@ -98,7 +98,7 @@ def test_faster_links_are_never_worse() -> None:
 def test_what_unisono_runs_is_said_as_overrides() -> None:
     found = search(LLAMA, machine(), 64)
     ours = next(o for o in found.options if runs_here(o.run))
-    assert ours.run.mesh.tensor == ours.run.mesh.pipeline == 1
+    assert ours.run.mesh.pipeline == 1
     items = overrides(ours).split()
     fields = {"model": "llama-7b", "data": {"path": "x"}, "output_dir": "y"}
     from unisono.config import apply_overrides, parse
@@ -106,7 +106,8 @@ def test_what_unisono_runs_is_said_as_overrides() -> None:
     config = parse(apply_overrides(fields, items))
     assert config.sync in ("exact", "ddp", "sharded")
     assert config.global_batch_size == ours.batch
-    assert not runs_here(replace(ours.run, mesh=Mesh(8, tensor=2)))
+    assert (config.mesh.tensor if config.mesh else 1) == ours.run.mesh.tensor
+    assert not runs_here(replace(ours.run, mesh=Mesh(8, pipeline=2)))
     assert name_of(replace(ours.run, strategy="fsdp", mesh=Mesh(2, 8, 4))) == "hsdp 2 x 8, tensor 4"
 
 
