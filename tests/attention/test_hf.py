@@ -171,6 +171,24 @@ def test_a_hooked_model_generates_what_it_did(family: str) -> None:
     assert torch.equal(model.generate(ids, attention_mask=left, **how), wanted)
 
 
+def test_what_stands_in_for_a_mask_is_opaque() -> None:
+    """FSDP2 and others walk through containers among a layer's arguments, up to the whole model."""
+    from torch.distributed.fsdp._common_utils import collect_grad_tensors
+    from torch.utils._pytree import tree_leaves
+
+    model = build("llama")
+    given = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda m, a, kw: given.append(kw["attention_mask"]), with_kwargs=True
+    )
+    hook(model)
+    logits_of(model, *packed())
+    described = given[-1]
+    assert isinstance(described, hf.Described)
+    assert tree_leaves(described) == [described]
+    assert collect_grad_tensors(described) == ()
+
+
 # --- what the user asks
 
 

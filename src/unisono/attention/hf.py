@@ -94,15 +94,27 @@ class Pass:
         self.calls: Counter[nn.Module] = Counter()
 
 
-@dataclass(frozen=True, eq=False)
 class Described:
-    """What stands in for a mask in transformers: the description, and which pass it is of."""
+    """What stands in for a mask in transformers: the description, and which pass it is of.
 
-    mask: Mask
-    q_start: int
-    k_start: int
-    owner: Pass
-    by_layer: dict[bool | int, Mask] = field(default_factory=dict)
+    No dataclass: FSDP2 looks for gradients in what layers are given, dataclasses included, and would go
+    from here through the whole model.
+    """
+
+    def __init__(
+        self,
+        mask: Mask,
+        q_start: int,
+        k_start: int,
+        owner: Pass,
+        by_layer: dict[bool, Mask] | None = None,
+    ) -> None:
+        self.mask, self.q_start, self.k_start, self.owner = mask, q_start, k_start, owner
+        self.by_layer = {} if by_layer is None else by_layer
+
+    def again(self, owner: Pass) -> "Described":
+        """The same, with its plans, in another pass."""
+        return Described(self.mask, self.q_start, self.k_start, owner, self.by_layer)
 
     def of(self, layer: int | None) -> Mask:
         """The mask of a layer; those that are alike share one, and its plan."""
@@ -354,7 +366,7 @@ def _mask(
         documents = current.context.documents
     key = (local_size, q_length, kv_length, q_start, k_start)
     if documents is None and key in current.hook.static:
-        return replace(current.hook.static[key], owner=current)
+        return current.hook.static[key].again(current)
     span = (batch_size, q_start, q_start + q_length, k_start, k_start + kv_length)
     for mask in _candidates(local_size, config):
         kind = (*key, mask.window, mask.chunk, own is None)
