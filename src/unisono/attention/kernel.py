@@ -82,6 +82,11 @@ def merge(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor,
     return out * weight + out2 * weight2, both
 
 
+def additive(seen: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A bool mask as what is added to scores; made once where tiles or layers share it."""
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+
+
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) with a learned logit [H] beside the keys of each head, which has no value (gpt-oss).
 
@@ -157,7 +162,7 @@ def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
         return None
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=kind).masked_fill_(~mask, -torch.inf)
+        mask = additive(mask, kind)
     mask = mask.to(kind)
     return mask.expand(*(1,) * (4 - mask.dim()), *mask.shape) if mask.dim() < 4 else mask
 

@@ -276,7 +276,7 @@ def _steps(mask: Mask, span: Span, heads: int) -> Iterator[Step]:
     if max(span.q1 - span.q0, span.k1 - span.k0) <= SMALL:
         kind, seen = mask.tile(*_ends(span), heads=heads, row=span.row)
         if kind != SKIP:
-            yield _rectangle(span, kind == CAUSAL, None if seen is None else _additive(seen))
+            yield _rectangle(span, kind == CAUSAL, None if seen is None else kernel.additive(seen))
     elif mask.documents is not None:
         alone = mask.num_rows > 1 and span.row is None
         for row in range(mask.num_rows) if alone else (span.row,):
@@ -375,12 +375,7 @@ def _bias(seen: Tensor, shared: bool) -> Tensor | None:
     """What is all visible needs no mask; one that many tiles share is made additive."""
     if seen.all():
         return None
-    return _additive(seen) if shared else seen
-
-
-def _additive(seen: Tensor) -> Tensor:
-    """As the kernels want it, once for all layers: four bytes a pair instead of one."""
-    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    return kernel.additive(seen) if shared else seen
 
 
 def _full_steps(runs: list[Run], span: Span, tile: int) -> Iterator[Step]:
