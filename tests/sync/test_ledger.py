@@ -1,9 +1,11 @@
 """Every collective is in the ledger with its bytes and times, and a lost peer has a name."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ranks import run_ranks
 from unisono.errors import ReplicaError
@@ -68,6 +70,53 @@ def test_bytes_of_every_operation(n: int) -> None:
             ("all-gather", "test", 6 + n, 16 * (n - 1)),
             ("all-reduce", "test", 7 + n, 2 * 4 * (n - 1) // n),
         ]
+
+
+def both_ways(world, pairs: list[list[int]]) -> list[str]:
+    """Exchanges of two ranks, alike on one connection and on two; what each group of torch carries."""
+    carried: list[str] = []
+    broadcast = dist.broadcast
+
+    def seen(tensor: torch.Tensor, **options: Any) -> Any:
+        carried.append(options["group"].group_name)
+        return broadcast(tensor, **options)
+
+    dist.broadcast = seen
+    found = []
+    for duplex in (False, True):
+        group = Group("pair", Ledger(), 60, parts=pairs, duplex=duplex)
+        rank, handles, results = group.rank, [], []
+        for k in range(5):  # all under way at once
+            mine = 100.0 * world.rank + 10 * k + torch.arange(6.0)
+            rows, whole, other = torch.empty(6), torch.zeros(2, 6), torch.empty(6)
+            whole[rank] = mine
+            uneven = torch.empty(3 if rank == 0 else 5)  # 1 of its own, 2 or 4 of the other's
+            given = [1, 4] if rank == 0 else [2, 1]
+            taken = [1, 2] if rank == 0 else [4, 1]
+            handles += [
+                group.all_to_all(rows, mine),
+                group.all_gather(whole, whole[rank] if duplex else mine),
+                group.exchange(other, mine),
+                group.all_to_all_rows(uneven, mine[: sum(given)], taken, given),
+                group.all_to_all_rows(torch.empty(0), torch.empty(0), [0, 0], [0, 0]),
+            ]
+            results += [rows, whole, other, uneven]
+        for handle in handles:
+            handle.wait()
+            assert handle.done()
+        found.append((results, [e.sent_bytes for e in group.ledger.entries]))
+        group.close()
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    assert found[0][1] == found[1][1]
+    return carried
+
+
+@pytest.mark.parametrize("pairs", [[[0, 1]], [[0, 1], [2, 3]], [[0, 2], [1, 3]]])
+def test_each_direction_between_two_ranks_has_its_own_connection(pairs: list[list[int]]) -> None:
+    for carried in run_ranks(both_ways, 2 * len(pairs), pairs):
+        assert len(carried) == 5 * 4 * 2  # what is empty does not travel
+        assert len(set(carried[::2]) | set(carried[1::2])) == 2
+        assert len(set(carried[::2])) == 1
 
 
 def test_one_rank_communicates_nothing_and_is_right() -> None:

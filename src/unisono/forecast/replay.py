@@ -2,7 +2,7 @@
 
 `cost` needs a few shapes and answers in microseconds; this follows what sync/ does, for the machine that
 a probe has measured: a run's own forecast, and our grid of shaped links. A step becomes segments of
-compute and transfers between them, which `directions` plays. What a step takes beyond the sum of its
+compute and transfers between them, which `overlap` plays. What a step takes beyond the sum of its
 segments is communication, exposed or stolen.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from unisono.forecast.directions import Lane, Segment, Transfer, play
+from unisono.forecast.overlap import Lane, Segment, Transfer, play
 from unisono.forecast.probe import FACTOR, LinkFit, Probe, Sharing
 
 System = Literal["ddp", "whole", "shards", "sharded"]
@@ -24,9 +24,8 @@ TAIL_SHARE = 0.25
 HOOK_S = 5e-5
 """Python around one gradient that has come: hook, clock, bucket, handle."""
 CHUNK_BYTES = 1 << 20
-"""sync/shard.py: of a row, what travels as one message; half a bucket if that is more."""
-MESSAGES = {"all_to_all": 1, "all_gather": 2}
-"""Of gloo, that a rank of two hands over before it says that it is ready (directions.py)."""
+"""sync/shard.py: of a table's row, or of more ranks than two, what travels as one message; half a bucket if
+that is more."""
 UNDER_WAY = 2
 """sync/sharded.py: blocks whose sums may be under way at once."""
 FAIR = 0.5
@@ -90,13 +89,10 @@ class Foretold:
 def foretell(
     system: System, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
     *, wire_bytes: int = 4, bucket_bytes: float = 4 * 2**20, rows: int = 0, width: int = 0, votes: int = 1,
-    gloo: bool = True,
 ) -> Foretold:  # fmt: skip
     """A step in full swing. `rows`: of the table that a rank looks up in a step, `width` values each;
-    `wire_bytes`: of a value on its way; `votes`: values that ranks add up besides; `gloo`: two ranks take
-    turns (directions.py)."""
-    turns = gloo and ranks == 2
-    step = _Step(tensors, passes, lanes, ranks, wire_bytes, bucket_bytes, rows, width, votes, turns)
+    `wire_bytes`: of a value on its way; `votes`: values that ranks add up besides."""
+    step = _Step(tensors, passes, lanes, ranks, wire_bytes, bucket_bytes, rows, width, votes)
     if ranks > 1:
         {"ddp": step.ddp, "whole": step.whole, "shards": step.shards, "sharded": step.sharded}[
             system
@@ -120,11 +116,11 @@ class _Step:
 
     def __init__(
         self, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
-        wire_bytes: int, bucket_bytes: float, rows: int, width: int, votes: int, turns: bool,
+        wire_bytes: int, bucket_bytes: float, rows: int, width: int, votes: int,
     ) -> None:  # fmt: skip
         self.tensors, self.passes, self.lanes, self.ranks = tensors, passes, lanes, ranks
         self.wire_bytes, self.bucket_bytes = wire_bytes, bucket_bytes
-        self.rows, self.width, self.votes, self.turns = rows, width, votes, turns
+        self.rows, self.width, self.votes = rows, width, votes
         self.segments: list[Segment] = []
         self.transfers: list[Transfer] = []
         self.sent_bytes = 0.0
@@ -141,11 +137,8 @@ class _Step:
     def send(self, group: str, *parts: tuple[str, float], after: int | None = None, beside: Sequence[int] = ()) -> int:  # fmt: skip
         """A transfer of (collective, bytes that each rank sends) one after another; its number."""
         seconds = sum(self.lanes[name].seconds(sent) for name, sent in parts)
-        first = parts[0][0]
-        messages = MESSAGES.get(first, 0) if self.turns else 0
-        self.transfers.append(
-            Transfer(seconds, self.lanes[first], group, messages, after, tuple(beside))
-        )
+        lane = self.lanes[parts[0][0]]
+        self.transfers.append(Transfer(seconds, lane, group, after, tuple(beside)))
         self.sent_bytes += sum(sent for _, sent in parts)
         return len(self.transfers) - 1
 
@@ -165,20 +158,24 @@ class _Step:
 
     def _backward(
         self, groups: Sequence[Sequence[int]], ready: Sequence[Sequence[int]], handling_s: float,
-        offers: Sequence[int] = (),
+        offers: Sequence[int] = (), early: bool = False,
     ) -> None:  # fmt: skip
         """Compute by tensor in reverse order; `ready`: transfers to set off when a group is complete.
 
         `groups` in the order in which they leave, of numbers of tensors; -1 is the table.
-        `handling_s`: of all values, what is done with a gradient beside computing it.
+        `handling_s`: of all values, what is done with a gradient beside computing it. `early`: the first one
+        leaves after one product of two (sync/early.py).
         """
         last = {group[-1]: k for k, group in enumerate(groups)}
         order = [i for group in groups for i in group]
-        for i in order:
+        for k, i in enumerate(order):
             values = self.tensors.sizes[i] if i >= 0 else 0
             sends = ready[last[i]] if i in last else ()
             seconds = self.passes.backward_s * values * self._per_value + HOOK_S
             seconds += handling_s * self._values([i]) / self.tensors.total
+            if early and k == 0:
+                seconds /= 2
+                self.compute(seconds, sends=sends)
             self.compute(seconds, sends=sends, offers=offers)
 
     def _head(self) -> float:
@@ -247,19 +244,22 @@ class _Step:
             self._plain(p.accumulation - 2)
             self.compute(p.forward_s)
 
-        def out(values: float) -> list[int]:
-            return [self.send("scatter", ("all_to_all", sent)) for sent in self.chunks(values)]
+        def out(values: float, chunks: bool) -> list[int]:
+            cut = self.chunks(values) if chunks else [self._share(values, "all_to_all")]
+            return [self.send("scatter", ("all_to_all", sent)) for sent in cut]
 
-        dense = out(head) if head else []
-        self.compute(self._head(), sends=dense)
-        trips = [out(self._values(g)) for g in groups]
+        dense = out(head, True) if head else []
+        if head:  # after one product of two (sync/early.py)
+            self.compute(self._head() / 2, sends=dense)
+            self.compute(self._head() / 2)
+        trips = [out(self._values(g), n > 2) for g in groups]
         gone = [*dense, *(n for trip in trips for n in trip)]
         # The sum of the table's dense half returns in gaps of the others' way, or when all are there.
         sums: list[int] = []
         for sent in self.chunks(head) if head else []:
             after = sums[-1] if sums else dense[-1]
             sums.append(self.send("sum", ("all_gather", sent), after=after, beside=gone))
-        self._backward(groups, trips, self._shard_handling(), offers=sums)
+        self._backward(groups, trips, self._shard_handling(), offers=sums, early=not head)
         rows = self.rows * self.width * self.wire_bytes * (n - 1) if t.table else 0
         tail = [self.send("rows", ("all_gather", rows))] if rows else []
         if rows:  # their number, and which

@@ -99,10 +99,7 @@ def _seconds(begin: Callable[[], Handle], world: Group, device: str) -> float:
 
 
 def burst_bytes(group: Group, device: str) -> float:
-    """Collective: what a shaped link lets through at once after a pause; 0 where nothing shapes it.
-
-    All-reduces, whose two directions begin together (forecast/directions.py).
-    """
+    """Collective: what a shaped link lets through at once after a pause; 0 where nothing shapes it."""
     begin = start(group, "all_reduce", BURST_MESSAGE_BYTES, device)
     sent = FACTOR["all_reduce"](group.size) * BURST_MESSAGE_BYTES
     shares: list[float] = []

@@ -31,7 +31,7 @@ def run(config: Config | None, world: World, screen: Screen, output: Path) -> Pr
     """Collective: measure, and on rank 0 write the file and show it."""
     with joined(world):
         began = time.perf_counter()
-        votes = Group("probe", Ledger(), world.timeout_s)
+        votes = Group("probe", Ledger(), world.timeout_s, duplex=True)
         mine = None
         if config is not None:
             screen.say("data and model ...", "dim")
@@ -93,7 +93,7 @@ def measure(
             timings += found
             notes += left_out
         say("communication beside compute")
-        stream = Group("stream", Ledger(), world.timeout_s)
+        stream = Group("stream", Ledger(), world.timeout_s, duplex=True)
         sharing = measure_sharing(run, pass_s, stream, device)
         burst = links.burst_bytes(stream, device)
         stream.close()

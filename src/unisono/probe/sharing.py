@@ -29,7 +29,7 @@ MESSAGES = {"all_reduce": 4 << 20, "all_gather": 1 << 20, "all_to_all": 1 << 20}
 LEAST_MESSAGES, MOST_MESSAGES = 8, 64
 FIRST = 2
 """Messages before the clock of the stream's own rate: they go through a shaper's burst (2 MiB at 100 Mbit/s
-seem to travel at 106), and while they do gloo's two directions take turns."""
+seem to travel at 106)."""
 REPEATS = 3
 SHARE = 0.7
 """Of the passes' time that the stream shall take."""

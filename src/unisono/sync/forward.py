@@ -39,6 +39,9 @@ class Owner(Protocol):
     ) -> torch.Tensor | None:
         """Before an embedding lookup; a result replaces it."""
 
+    def on_linear(self, x: torch.Tensor, weight: Parameter) -> torch.Tensor | None:
+        """Before x @ weight.T, and after `on_use(weight)`; a result replaces it."""
+
 
 class Watch(TorchFunctionMode):
     """Tells `owner` of each use of a parameter; see above."""
@@ -90,6 +93,12 @@ class Watch(TorchFunctionMode):
         self._each(args)
         if kwargs:
             self._each(kwargs.values())
+        if func is F.linear and not kwargs and len(args) in (2, 3) and args[2:] in ((), (None,)):
+            x, weight = args[:2]
+            if type(weight) is Parameter and type(x) is torch.Tensor:
+                result = self._owner.on_linear(x, weight)
+                if result is not None:
+                    return result
         return func(*args, **kwargs)
 
     def _each(self, values: Any) -> None:

@@ -208,16 +208,20 @@ class Group:
         timeout_s: float,
         existing: dist.ProcessGroup | None = None,
         parts: Sequence[Sequence[int]] = (),
+        duplex: bool = False,
     ) -> None:
         """Collective: makes a process group of all ranks, unless there is an `existing` one.
 
-        With `parts`, lists of ranks that every rank gives alike, one for each, of which this is its
-        own. An existing group has `timeout_s` from here on; torch's own default is half an hour.
+        With `parts`, the ranks of each such group, which all ranks give alike, this is the one that holds
+        this rank. An existing group has `timeout_s` from here on; torch's own default is half an hour.
+        `duplex`: two ranks on gloo exchange over two connections, one for each direction. On one they
+        take turns: a message leaves when the receiver has said that it is ready, and that word waits
+        behind what the receiver itself is sending.
         """
         self.name, self.ledger = name, ledger
         alone = bool(parts) and max(map(len, parts)) == 1
         if len(parts) > 1 and not alone:
-            existing = _own_of(parts, timeout_s)
+            existing = existing or _own_of(parts, timeout_s)
         self.size, self.rank = dist.get_world_size(existing), dist.get_rank(existing)
         self.ranks: tuple[int, ...] = tuple(range(self.size))
         """Of all ranks, those in the group."""
@@ -227,10 +231,15 @@ class Group:
         # Weak: torch's own reference is the only one, so that leaving the replicas ends the group's
         # threads. One that still ran while the interpreter shuts down would abort the process.
         self._reference: weakref.ref[dist.ProcessGroup] | None = None
+        self._back: weakref.ref[dist.ProcessGroup] | None = None
+        """Of two ranks: what the second one sends on."""
         self._position: Position | None = None
         if self.size > 1:
             with yielding_threads():
                 group = existing or dist.new_group(timeout=timedelta(seconds=timeout_s))
+            if duplex and self.size == 2 and dist.get_backend(group) == "gloo":
+                every = parts if len(parts) > 1 else [self.ranks]
+                self._back = weakref.ref(_own_of(every, timeout_s))
             if existing is not None:
                 _set_pg_timeout(timedelta(seconds=timeout_s), existing)
             self._reference = weakref.ref(group)
@@ -267,12 +276,14 @@ class Group:
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> Handle:
         """Collective: row r of `sent` goes to rank r; row r of `received` comes from rank r."""
-        return self._issue(
-            "all-to-all",
-            _nbytes(sent) * (self.size - 1) // self.size,
-            sent,
-            lambda: dist.all_to_all_single(received, sent, group=self._group, async_op=True),
-        )
+
+        def call() -> Any:
+            if self._back is None:
+                return dist.all_to_all_single(received, sent, group=self._group, async_op=True)
+            return self._swap(received.view(2, -1).unbind(), sent.view(2, -1).unbind())
+
+        sent_bytes = _nbytes(sent) * (self.size - 1) // self.size
+        return self._issue("all-to-all", sent_bytes, sent, call)
 
     def all_to_all_rows(
         self,
@@ -289,22 +300,40 @@ class Group:
         row_bytes = _nbytes(sent) // max(1, len(sent))
         if self.size == 1:
             received.copy_(sent)
-        return self._issue(
-            "all-to-all",
-            row_bytes * (sum(sent_rows) - sent_rows[self.rank]),
-            sent,
-            lambda: dist.all_to_all_single(
-                received, sent, received_rows, sent_rows, group=self._group, async_op=True
-            ),
-            alike=False,
-        )
+
+        def call() -> Any:
+            if self._back is None:
+                return dist.all_to_all_single(
+                    received, sent, received_rows, sent_rows, group=self._group, async_op=True
+                )
+            return self._swap(received.split(received_rows), sent.split(sent_rows))
+
+        sent_bytes = row_bytes * (sum(sent_rows) - sent_rows[self.rank])
+        return self._issue("all-to-all", sent_bytes, sent, call, alike=False)
 
     def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> Handle:
-        """Collective of two ranks: `received` becomes what the other one sends; nothing is copied."""
+        """Collective of two ranks: `received` becomes what the other one sends, both contiguous.
+
+        Nothing is copied.
+        """
         assert self.size == 2, self.size
-        to_other = [0, 0]
-        to_other[1 - self.rank] = sent.numel()
-        return self.all_to_all_rows(received.view(-1), sent.view(-1), to_other, to_other)
+        lengths = [0, 0]
+        lengths[1 - self.rank] = sent.numel()
+        return self.all_to_all_rows(received.view(-1), sent.view(-1), lengths, lengths)
+
+    def _swap(self, received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor]) -> "_Works":
+        """Of two ranks: what is for the other, each direction in a group of its own."""
+        other = 1 - self.rank
+        if received[self.rank].data_ptr() != sent[self.rank].data_ptr():
+            received[self.rank].copy_(sent[self.rank])
+        tensors = [received[other], received[other]]
+        tensors[self.rank] = sent[other]
+        groups = self._group, self._back() if self._back else None
+        return _Works([
+            dist.broadcast(tensor, group=group, group_src=source, async_op=True)
+            for source, (tensor, group) in enumerate(zip(tensors, groups, strict=True))
+            if tensor.numel()
+        ])  # fmt: skip
 
     def shift(self, received: torch.Tensor, sent: torch.Tensor, by: int) -> Handle:
         """Collective: `sent` goes `by` ranks on, `received` comes from as far behind; both contiguous.
@@ -339,12 +368,15 @@ class Group:
         """Collective: `whole` becomes the chunks of all ranks in rank order."""
         if self.size == 1:
             whole.view(-1).copy_(chunk.view(-1))
-        return self._issue(
-            "all-gather",
-            _nbytes(chunk) * (self.size - 1),
-            chunk,
-            lambda: _gather_into(whole.view(-1), chunk.view(-1), group=self._group, async_op=True),
-        )
+
+        def call() -> Any:
+            if self._back is None:
+                return _gather_into(
+                    whole.view(-1), chunk.view(-1), group=self._group, async_op=True
+                )
+            return self._swap(whole.view(2, -1).unbind(), [chunk.view(-1)] * 2)
+
+        return self._issue("all-gather", _nbytes(chunk) * (self.size - 1), chunk, call)
 
     def reduce_scatter(self, received: torch.Tensor, sent: torch.Tensor) -> Handle:
         """Collective: `received` becomes this rank's row of the sum of `sent` over the ranks.
@@ -385,8 +417,9 @@ class Group:
 
     def close(self) -> None:
         """Collective: end the process group. Every collective must have been waited for."""
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
+        for group in (self._group, self._back() if self._back else None):
+            if group is not None:
+                dist.destroy_process_group(group)
         if self._position is not None:
             self.ledger.whereabouts.positions.pop(self._position.key, None)
 

@@ -98,7 +98,9 @@ class Sharded:
         device = _device(named[0][1])
         ranks = init_device_mesh(device, axes, mesh_dim_names=("replica", "shard", "tensor"))
         self._replica = Group("replica", ledger, timeout_s, ranks.get_group("replica"))
-        self._shard = Group("shard", ledger, timeout_s, ranks.get_group("shard"))
+        rows = self._mesh.groups("shard", "context")
+        row = ranks.get_group("shard")
+        self._shard = Group("shard", ledger, timeout_s, row, parts=rows, duplex=True)
         self.parts = Parts("rank" if self._control.size > 1 else "half")
         self._traffic = Traffic(self._shard, self._replica, device != "cpu", self.parts)
         self._order = 0

@@ -39,6 +39,7 @@ from torch.nn import Parameter
 
 from unisono.errors import UnisonoError
 from unisono.mesh import HOLDERS, Mesh
+from unisono.sync import early
 from unisono.sync.bucket import Layout, group_by_size
 from unisono.sync.exact import Exact, refuse_second
 from unisono.sync.forward import Watch
@@ -110,10 +111,10 @@ class Zero:
         # Groups of their own: what is issued in one of them would wait behind the others' traffic.
         self._control = Group("control", ledger, timeout_s)
         holders = mesh.groups(*HOLDERS) if mesh else []
-        self._scatters = Group("scatter", ledger, timeout_s, parts=holders)
-        self._gathers = Group("gather", ledger, timeout_s, parts=holders)
-        self._returned_sums = Group("sum", ledger, timeout_s, parts=holders)
-        self._row_group = Group("rows", ledger, timeout_s, parts=holders)
+        self._scatters = Group("scatter", ledger, timeout_s, parts=holders, duplex=True)
+        self._gathers = Group("gather", ledger, timeout_s, parts=holders, duplex=True)
+        self._returned_sums = Group("sum", ledger, timeout_s, parts=holders, duplex=True)
+        self._row_group = Group("rows", ledger, timeout_s, parts=holders, duplex=True)
         self.replicas, self.rank = self._scatters.size, self._scatters.rank
         assert self.replicas > 1
         self.parts = Parts("rank")
@@ -146,6 +147,8 @@ class Zero:
         """In the order in which the forward pass needs them."""
         self._places: list[tuple[Shard, int]] = []
         self._tables: dict[int, Table] = {}
+        self._foremost = -1
+        """The parameter whose gradient is first in the backward pass."""
         self._under_way = 0
         """Shards whose weights are on their way."""
         self._square = 0.0
@@ -350,6 +353,15 @@ class Zero:
             self._uses.append(i)
         else:
             self._wait_for(i)
+
+    def on_linear(self, x: torch.Tensor, weight: Parameter) -> torch.Tensor | None:
+        """Let the first gradient of the backward pass leave before its layer's other one is computed."""
+        i = self._number.get(id(weight))
+        if i is None or i != self._foremost or not torch.is_grad_enabled():
+            return None
+        if x.dim() < 2 or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        return early.linear(x, weight)
 
     def _wait_for(self, i: int) -> None:
         if self._under_way and self._places[i][0].gather is not None:
@@ -581,6 +593,8 @@ class Zero:
             self._shards.append(shard)
             places |= {i: (shard, k) for k, (i, _) in enumerate(group)}
         self._places = [places[i] for i in range(len(self.params))]
+        dense_shards = [s for s in self._shards if s.sends_gradients]
+        self._foremost = dense_shards[0].layout.indices[0] if dense_shards else -1
         need = {i: k for k, i in enumerate(learned["needs"])}
         self._returns = sorted(
             (s for s in self._shards if not s.whole),

@@ -17,7 +17,7 @@ import torch
 from unisono.clock import STEP_PHASES
 from unisono.forecast.constants import DEFAULT
 from unisono.forecast.cost import slowest
-from unisono.forecast.directions import Lane
+from unisono.forecast.overlap import Lane
 from unisono.forecast.probe import FACTOR, Probe
 from unisono.forecast.replay import FAIR, Foretold, Passes, System, Tensors, foretell, lanes_of
 from unisono.observe.environment import peak_memory_bytes
@@ -116,7 +116,6 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
         system, tensors, passes, lanes, holders,
         wire_bytes=2 if job.config.wire == "bfloat16" else 4, bucket_bytes=plan.bucket_mb * 2**20,
         rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches, 0)) + Meter.TOLD,
-        gloo=world.device == "cpu",
     )  # fmt: skip
     step = replace(
         step,

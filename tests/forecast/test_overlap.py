@@ -1,8 +1,8 @@
-"""Two ranks and both directions of their link, followed by hand."""
+"""A rank and its link, followed by hand."""
 
 import pytest
 
-from unisono.forecast.directions import Lane, Segment, Transfer, play
+from unisono.forecast.overlap import Lane, Segment, Transfer, play
 
 FREE = Lane(0.0, 1e6)
 HALF = Lane(0.0, 1e6, compute_speed=0.5, transfer_speed=0.5)
@@ -43,21 +43,6 @@ def chain(transfers: list[Transfer], compute_s: float = 0.0) -> float:
     for n in range(1, len(transfers)):
         segments.append(Segment(compute_s, needs=(n - 1,), sends=(n,)))
     return play([*segments, Segment(0.0, needs=(len(transfers) - 1,))], transfers)
-
-
-@pytest.mark.parametrize(("messages", "takes"), [(0, 1.0), (1, 2.0), (2, 1.5), (4, 1.25)])
-def test_what_is_handed_over_before_readiness_takes_turns(messages: int, takes: float) -> None:
-    """The earlier rank's first message begins when the later one's first has passed."""
-    transfer = Transfer(1.0, FREE, "a", messages)
-    assert chain([transfer]) == pytest.approx(takes)
-    assert chain([transfer] * 3) == pytest.approx(3 * takes), "the lag stays from one to the next"
-
-
-def test_on_a_full_connection_the_lag_is_lost_once() -> None:
-    """Four at once: while readiness is told the ones before travel."""
-    transfers = [Transfer(1.0, FREE, "a", 1)] * 4
-    together = [Segment(0.0, sends=(0, 1, 2, 3)), Segment(0.0, needs=(0, 1, 2, 3))]
-    assert play(together, transfers) == pytest.approx(5.0)
 
 
 def test_connections_share_the_link() -> None:
