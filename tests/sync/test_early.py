@@ -1,5 +1,6 @@
 """The output layer's weight gradient comes before its input's, and changes no bit (sync/early.py)."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ranks import run_ranks
+from unisono.sync.digest import sha256
 from unisono.sync.early import linear
 from unisono.sync.ledger import Ledger
 from unisono.sync.zero import Zero
@@ -100,6 +103,34 @@ class Tied(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         self.hidden = torch.tanh(self.layer(self.embedding(ids)))
         return self.head(self.hidden)
+
+
+def train_checkpointed(world, reentrant: bool) -> str:
+    """The output layer recomputed in the backward pass, where torch functions are not seen."""
+    model, digests = Tied(), []
+    model.head.weight = Parameter(model.embedding.weight.detach().clone())
+    for checkpointed in (False, True):
+        copy = deepcopy(model)
+        if checkpointed:
+            plain = copy.head.forward
+            copy.head.forward = partial(checkpoint, plain, use_reentrant=reentrant)
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        sync = Zero(copy, Ledger(), optimizer=lambda a, b: sgd([*a, *b]), timeout_s=60)  # noqa: B023
+        for step in range(3):
+            g = torch.Generator().manual_seed(10 * step + world.rank)
+            with sync.micro_batch():
+                copy(torch.randint(0, 4096, (2, 8), generator=g)).square().sum().backward()
+            sync.finish()
+            sync.update(divide_by=1.0, max_norm=1.0, learning_rate=0.1)
+        digests.append(sha256(sync.state_dict()))
+        sync.close()
+    assert digests[0] == digests[1]
+    return digests[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_an_output_layer_that_is_recomputed_is_autograds(reentrant: bool) -> None:
+    assert len(set(run_ranks(train_checkpointed, 2, reentrant))) == 1
 
 
 def sent_before_the_second_product(world, tied: bool) -> list[int]:

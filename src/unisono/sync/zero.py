@@ -357,7 +357,7 @@ class Zero:
     def on_linear(self, x: torch.Tensor, weight: Parameter) -> torch.Tensor | None:
         """Let the first gradient of the backward pass leave before its layer's other one is computed."""
         i = self._number.get(id(weight))
-        if i is None or i != self._foremost or not torch.is_grad_enabled():
+        if i is None or i != self._foremost or not torch.is_grad_enabled() or _saving_is_hooked():
             return None
         if x.dim() < 2 or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
             return None
