@@ -118,7 +118,7 @@ def of_model(model: str | Mapping[str, Any], vocab: int | None = None) -> Archit
     `vocab`: the tokenizer's, where the fields state none. Raises ConfigError.
     """
     if not isinstance(model, str):
-        return of_fields(model, "model", vocab)
+        return of_fields(model, str(model.get("model_type", "model")), vocab)
     file = Path(model) / "config.json"
     if file.is_file():
         try:

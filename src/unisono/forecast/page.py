@@ -38,7 +38,7 @@ STYLE = """
 color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 h1{font-size:24px;margin:0 0 4px}h2{font-size:15px;margin:0 0 10px}p{margin:2px 0}
 .dim{color:var(--dim)}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));
-gap:16px;margin:20px 0}section{background:var(--card);border:1px solid var(--line);border-radius:10px;
+gap:16px;margin:20px 0}.grid.one{grid-template-columns:minmax(0,1fr)}section{background:var(--card);border:1px solid var(--line);border-radius:10px;
 padding:16px 18px;min-width:0}svg{width:100%;height:auto;display:block}svg text{fill:var(--dim);font-size:11px}
 .axis{stroke:var(--line);stroke-width:1}.curve{fill:none;stroke:var(--main);stroke-width:2.2}
 .ideal{fill:none;stroke:var(--dim);stroke-dasharray:4 4}.band{fill:var(--band)}.zone{fill:var(--good)}
@@ -88,7 +88,7 @@ def render(outlook: Outlook) -> str:
         f"<section><h2>Recommended</h2>{advice}</section></div>"
         f'<div class="grid">{sections}</div>'
         f"<section><h2>Every number of devices</h2>{_table(points, best)}</section>"
-        f'<div class="grid"><section><h2>Ranked, {escape(plural(best.devices))}</h2>{_ranked(best)}'
+        f'<div class="grid one"><section><h2>Ranked, {escape(plural(best.devices))}</h2>{_ranked(best)}'
         f"</section>{f'<section><h2>What does not fit</h2><ul>{lacks}</ul></section>' if lacks else ''}"
         "</div></body></html>\n"
     )
@@ -185,7 +185,9 @@ def chart(
     if limit:
         drawn.append(f'<path class="mark" d="M{LEFT},{y(limit):.1f}H{WIDTH - RIGHT}"/>')
     for devices, words in marks:
-        drawn.append(f'<path class="mark" d="M{x(devices):.1f},{TOP}V{HEIGHT - BOTTOM}"/><text class="warn" x="{x(devices) - 4:.1f}" y="{TOP + 10}" text-anchor="end">{escape(words)}</text>')  # fmt: skip
+        at = x(devices)
+        side = (at - 4, "end") if at > WIDTH / 2 else (at + 4, "start")
+        drawn.append(f'<path class="mark" d="M{at:.1f},{TOP}V{HEIGHT - BOTTOM}"/><text class="warn" x="{side[0]:.1f}" y="{TOP + 10}" text-anchor="{side[1]}">{escape(words)}</text>')  # fmt: skip
     drawn.append(f'<path class="curve" d="{path(values)}"/>')
     for p, value in zip(points, values):
         text = f"{plural(p.devices)}: {label(value)}, {p.option.name}"

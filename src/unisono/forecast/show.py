@@ -20,7 +20,7 @@ def show(outlook: Outlook, detail: int | None = None) -> RenderableType:
         Text(head(outlook)), Text(), curve(outlook), Text(),
         *[Text(line) for line in bends(outlook, bend)], Text(),
         *[Text(line) for line in recommended(chosen, outlook.machine)], Text(), options(chosen),
-        *[Text(line, style="dim") for line in misfits(chosen)],
+        *[Text(f"does not fit: {line}", style="dim") for line in misfits(chosen)],
     )  # fmt: skip
 
 
@@ -75,7 +75,9 @@ def bends(outlook: Outlook, bend: Knee) -> list[str]:
         numbers = ", ".join(str(f.devices) for f in outlook.impossible)
         lines.append(f"nothing fits on: {numbers}")
     if any(not runs_here(p.option.run) for p in outlook.points):
-        lines.append("* tensor, pipeline and context parallelism are not part of unisono train")
+        lines.append(
+            "* unisono train does not do this: pipelines, selective recomputation, other ZeRO stages"
+        )
     return lines
 
 
@@ -118,7 +120,7 @@ def options(point: Point) -> Table:
 
 def misfits(point: Point) -> list[str]:
     """What does not fit, and why."""
-    shown = [f"does not fit: {m.name} {m.reason}" for m in point.found.misfits[:SHOWN]]
+    shown = [f"{m.name} {m.reason}" for m in point.found.misfits[:SHOWN]]
     more = len(point.found.misfits) - len(shown)
     return [*shown, *([f"and {more} more"] if more > 0 else [])]
 
