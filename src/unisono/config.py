@@ -103,6 +103,57 @@ class LoraConfig(_Section):
         return [value] if isinstance(value, str) and value != "all-linear" else value
 
 
+class GrpoConfig(_Section):
+    """Online tuning: completions of prompts are drawn, rewarded, and learned from (GRPO, RLOO). A sample
+    is then a prompt, so `global_batch_size` counts prompts."""
+
+    reward_funcs: Paths
+    """`file.py:function` or `package.module:function`, called as TRL does (prompts, completions, the
+    records' other fields; a number for each completion), or the directory of a reward model."""
+    reward_weights: tuple[float, ...] | None = None
+    """One for each of them; by default 1."""
+    num_generations: int = Field(8, ge=2)
+    """Completions of a prompt."""
+    num_generations_eval: int = Field(1, ge=1)
+    """Completions of a held-out prompt."""
+    max_completion_length: int = Field(256, ge=1)
+    """Tokens; with the prompt's they are at most `sequence_length`."""
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "rloo"] = "dapo"
+    """What a mean is of: `dapo`, all tokens; `grpo`, each completion's tokens, then completions; `dr_grpo`,
+    completions of a fixed length; `rloo`, whole completions against the others of their prompt."""
+    scale_rewards: Literal["group", "none"] | None = None
+    """`group`: advantages are divided by the deviation of the prompt's rewards; by default so, but for rloo."""
+    beta: float = Field(0.0, ge=0)
+    """Of the KL divergence to the model as it was before the run; 0 keeps none. rloo takes it off the reward."""
+    use_bias_correction_kl: bool = True
+    """Not for rloo: the KL's gradient counts that completions are drawn from the model."""
+    mask_truncated_completions: bool = False
+    """Completions that did not end are rewarded and compared, but not learned."""
+
+    @model_validator(mode="after")
+    def _weights_and_scale_fit(self) -> Self:
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"{len(self.reward_weights)} reward_weights for {len(self.reward_funcs)} reward_funcs; "
+                f"write one for each"
+            )
+        if self.loss_type == "rloo" and self.scale_rewards == "group":
+            raise ValueError("rloo compares rewards as they are; leave scale_rewards out")
+        return self
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each reward."""
+        return self.reward_weights or (1.0,) * len(self.reward_funcs)
+
+    @property
+    def scales(self) -> bool:
+        """Whether advantages are divided by a deviation."""
+        return self.loss_type != "rloo" and self.scale_rewards != "none"
+
+
 class MeshConfig(_Section):
     """How the ranks divide: replica x shard x context x tensor; the product is all of them."""
 
@@ -175,6 +226,9 @@ class Config(_Section):
     """Tokens in a block (Hugging Face SFT: max_length)."""
     lora: LoraConfig | None = None
     """Train adapters of a model that stays as it is, for example {r: 8, alpha: 16}."""
+    grpo: GrpoConfig | None = None
+    """Tune on completions of prompts and their rewards instead of given text, for example
+    {reward_funcs: reward.py:score}."""
     strict_data: bool = False
     """Stop at the first bad record instead of putting it into quarantine."""
     output_dir: str
@@ -478,6 +532,7 @@ _ALL_FIELDS = {
         DataConfig,
         TokenizerConfig,
         LoraConfig,
+        GrpoConfig,
         MeshConfig,
         ContextConfig,
         AttentionConfig,
