@@ -11,7 +11,7 @@ the page cache.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ class Batch:
     """Count from 0 in each document: this is what isolates packed documents in attention."""
     packed: bool
     """A row holds more than one document, or padding."""
+
+    def blank(self) -> "Batch":
+        """The same rows, of which nothing counts."""
+        return replace(self, labels=np.full_like(self.labels, NO_LABEL))
 
 
 class Blocks:

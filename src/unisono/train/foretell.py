@@ -144,7 +144,7 @@ def _shared_pass(job: Job) -> tuple[float, float]:
     for _ in range(job.config.baseline_steps + 1):
         before = clock.read()
         with clock("compute"), job.sync.micro_batch(last=False):
-            job.loss_sum(batch).backward()
+            job.measure(batch).loss.backward()
         job.sync.discard()
         after = clock.read()
         spent = [after.get(p, 0.0) - before.get(p, 0.0) for p in ("compute", "communication")]

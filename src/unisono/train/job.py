@@ -41,7 +41,7 @@ from unisono.sync.tensor import apply, divide
 from unisono.train import checkpoint, tuning
 from unisono.train.context import Parts, asked_attention, make_parts, with_context
 from unisono.train.known import find_probe, link_of
-from unisono.train.objective import causal_lm
+from unisono.train.objective import Measured, Objective, causal_lm, target_tokens
 from unisono.train.state import load_optimizer, optimizer_factory
 from unisono.train.step import Feed
 from unisono.train.stopping import Stop
@@ -94,6 +94,7 @@ class Job:
     train_blocks: Blocks
     eval_blocks: Blocks
     order: Order
+    objective: Objective
     sync: Strategy
     plan: Plan
     flops: Flops
@@ -124,14 +125,14 @@ class Job:
         """What a resumed run must find unchanged."""
         return _identity(self.prepared)
 
-    def loss_sum(self, batch: Batch) -> torch.Tensor:
-        """Of `batch`, or of this rank's part of its sequences."""
+    def measure(self, batch: Batch) -> Measured:
+        """The objective of `batch`, or of this rank's part of its sequences."""
         model, device, bf16 = self.sync.model, self.world.device, self.config.bf16
         if self.parts is None:
-            return causal_lm(model, batch, device, bf16)
+            return self.objective.measure(model, batch, device, bf16)
         part = self.parts.of(batch)
         with self.parts.reaching(part):
-            return causal_lm(model, part, device, bf16)
+            return self.objective.measure(model, part, device, bf16)
 
 
 def set_up(
@@ -147,6 +148,7 @@ def set_up(
         ).on_every_rank()
     mesh = mesh_of(config, world.size)
     _refuse_lora(config, mesh)
+    objective = make_objective(config)
     _same_threads(votes, screen)
     run = Path(config.output_dir)
     tokenizer, prepared = _prepare_data(config, world, screen, ledger, run)
@@ -202,7 +204,7 @@ def set_up(
     link = _link(config, world, votes, probe)
     # A pass that communicates is not what one rank does alone.
     if link and plan.shard_optimizer and config.shard_optimizer == "auto" and mesh.inner == 1:
-        run_rows = partial(_pass, config, world, model, train_blocks)
+        run_rows = partial(_pass, config, world, objective, model, train_blocks)
         timed = partial(seconds_of_pass, run_rows, plan.micro_batch_size, model, world.device)
         compute_s = attempt(votes, timed)
         assert compute_s is not None
@@ -239,7 +241,7 @@ def set_up(
     )
     job = Job(
         config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
-        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, flops, parts, link=link, probe=probe, tuner=tuner,
+        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), objective, sync, plan, flops, parts, link=link, probe=probe, tuner=tuner,
     )  # fmt: skip
     if found and strict:
         _check_same_bits(found, plan, config)
@@ -258,6 +260,15 @@ def set_up(
     screen.plan(describe(job.plan, config, world, facts))
     attempt(votes, lambda: _write_plan(job), world.is_main)
     return job
+
+
+def make_objective(config: Config) -> Objective:
+    """What `config` asks to minimise."""
+
+    def language(model: Any, batch: Any, device: str, bf16: bool) -> Measured:
+        return Measured(causal_lm(model, batch, device, bf16), target_tokens(batch))
+
+    return Objective(language)
 
 
 def _kept(model: torch.nn.Module) -> float:
@@ -423,12 +434,19 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
 
 def try_rows(job: Job, rows: int) -> None:
     """Forward and backward of `rows` samples, for timing."""
-    _pass(job.config, job.world, job.sync.model, job.train_blocks, rows)
+    _pass(job.config, job.world, job.objective, job.sync.model, job.train_blocks, rows)
 
 
-def _pass(config: Config, world: World, model: torch.nn.Module, blocks: Blocks, rows: int) -> None:
+def _pass(
+    config: Config,
+    world: World,
+    objective: Objective,
+    model: torch.nn.Module,
+    blocks: Blocks,
+    rows: int,
+) -> None:
     batch = blocks.read([i % len(blocks) for i in range(rows)])
-    causal_lm(model, batch, world.device, config.bf16).backward()
+    objective.measure(model, batch, world.device, config.bf16).loss.backward()
 
 
 def own_samples(job: Job) -> list[int]:

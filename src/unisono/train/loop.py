@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ from unisono.train.job import (
     try_rows,
     weights_digest,
 )
+from unisono.train.objective import means
 from unisono.train.recompute import time_recomputation
 from unisono.train.state import Weights, exhaust, publish_model, save_state
 from unisono.train.stopping import watching
@@ -170,7 +172,9 @@ class _Window:
     """What happened since the last row of metrics."""
 
     loss_sum: float = 0.0
-    targets: int = 0
+    count: int = 0
+    sums: list[float] = field(default_factory=list)
+    """Of the objective's metrics."""
     tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
@@ -290,7 +294,8 @@ class Log:
         plan, progress, outcome = job.plan, job.progress, advanced.outcome
         self.loss = outcome.loss
         window.loss_sum += sum(outcome.losses)
-        window.targets += outcome.tokens
+        window.count += outcome.count
+        window.sums = [a + b for a, b in zip_longest(window.sums, outcome.sums, fillvalue=0.0)]
         window.tokens += len(plan.positions(progress.step - 1)) * plan.sequence_length
         window.seconds += seconds
         window.steps += 1
@@ -298,8 +303,10 @@ class Log:
         if progress.step % job.config.logging_steps == 0 or final:
             spent = {p: phases.get(p, 0.0) - window.phases_before.get(p, 0.0) for p in PHASES}
             total = sum(spent[p] for p in STEP_PHASES) or 1.0
+            found = means(job.objective.metrics, window.sums)
             self.write(
-                train__loss=window.loss_sum / max(1, window.targets),
+                train__loss=window.loss_sum / max(1, window.count),
+                **{f"train__{name}": value for name, value in found.items()},
                 train__learning_rate=advanced.learning_rate,
                 train__grad_norm=advanced.gradient_norm,
                 train__epoch=job.epoch,
@@ -315,7 +322,7 @@ class Log:
             if self._ranks:
                 with self._disk_may_fail(RANKS):
                     self._ranks.append(self.account.row(progress.step))
-        self._live_line(phases)
+        self._live_line(phases, means(job.objective.metrics, outcome.sums))
 
     def _use(self, window: _Window) -> dict[str, float]:
         """Of memory, and of the peak where there is a known one."""
@@ -326,8 +333,9 @@ class Log:
             found["perf__mfu"] = done / self.job.world.size / self.peak.flops
         return found
 
-    def _live_line(self, phases: dict[str, float]) -> None:
+    def _live_line(self, phases: dict[str, float], metrics: dict[str, float]) -> None:
         job = self.job
+        name = job.objective.shown
         total = sum(phases.values())
         stepping = sum(phases.get(p, 0.0) for p in STEP_PHASES)
         done = job.progress.step - self.first_step
@@ -338,6 +346,7 @@ class Log:
                 tokens_per_second=(job.progress.tokens - self.first_tokens) / stepping,
                 seconds_left=total / done * (job.plan.max_steps - job.progress.step),
                 exposed=(phases.get("communication", 0.0) + phases.get("waiting", 0.0)) / stepping,
+                metric=f"{name} {metrics[name]:.3f}" if name in metrics else "",
             ),
             job.plan.max_steps,
         )
@@ -412,28 +421,32 @@ def _evaluate(job: Job, log: Log) -> bool:
     result = evaluate(
         job.model,
         job.eval_blocks,
-        job.loss_sum,
+        job.measure,
         job.votes,
         batch_rows=job.plan.micro_batch_size,
         most_rows=config.eval_batches and config.eval_batches * config.global_batch_size,
         stop=job.stop.is_asked,
         lockstep=job.sync.lockstep,
         mesh=job.plan.mesh,
+        metrics=job.objective.metrics,
     )
     if result is None:
         return False
     if not math.isfinite(result.loss):
-        why = "the loss is not finite" if result.tokens else "memory ran out"
+        why = "the loss is not finite" if result.count else "memory ran out"
         job.screen.warn(f"step {progress.step}: no evaluation, {why}")
         return False
     log.eval_loss = result.loss
     better = progress.best_loss is None or result.loss < progress.best_loss
     if better:
         progress.best_loss, progress.best_step = result.loss, progress.step
-    log.write(eval__loss=result.loss, eval__perplexity=result.perplexity)
+    told = result.metrics if job.objective.metrics else {"perplexity": result.perplexity}
+    log.write(eval__loss=result.loss, **{f"eval__{name}": v for name, v in told.items()})
+    shown = job.objective.shown or "perplexity"
+    also = f", {shown} {told[shown]:.{2 if shown == 'perplexity' else 4}f}" if shown in told else ""
     job.screen.say(
-        f"step {progress.step}: held-out loss {result.loss:.4f}, perplexity "
-        f"{result.perplexity:.2f}{', the best so far' if better else ''}"
+        f"step {progress.step}: held-out loss {result.loss:.4f}{also}"
+        f"{', the best so far' if better else ''}"
     )
     return better
 

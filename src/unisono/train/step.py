@@ -1,23 +1,25 @@
 """One optimizer step: this replica's micro-batches, the vote, and who is to blame if it fails."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from unisono.data.blocks import NO_LABEL, Batch, Blocks
+from unisono.data.blocks import Batch, Blocks
 from unisono.data.order import Order
 from unisono.observe.arrival import Stamps
 from unisono.observe.noise import Meter
 from unisono.plan import Plan
 from unisono.sync import Strategy
 from unisono.sync.ledger import Group
+from unisono.train.objective import Measured, flat
 from unisono.train.trial import is_out_of_memory
 from unisono.train.vote import FAILED, FINE, OUT_OF_MEMORY, Ballot, Outcome, pack, unpack
 
-LossSum = Callable[[Batch], torch.Tensor]
+Measure = Callable[[Batch], Measured]
 
 SLOW_STEP_S = 1.0
 """When steps take longer, a signal is also looked for between micro-batches."""
@@ -43,10 +45,7 @@ class Feed:
         samples = self.samples(step, leaf)
         if len(samples):
             return self.blocks.read(samples)
-        row = self.blocks.read(np.zeros(1, dtype=np.int64))
-        return Batch(
-            row.input_ids, np.full_like(row.labels, NO_LABEL), row.position_ids, row.packed
-        )
+        return self.blocks.read(np.zeros(1, dtype=np.int64)).blank()
 
     def seed_for(self, step: int, leaf: int) -> int:
         """Seed of dropout and the like: the same whichever rank runs the micro-batch."""
@@ -61,14 +60,15 @@ class Taken:
     outcome: Outcome | None
     error: BaseException | None = None
     """What failed on this rank, if it did."""
-    targets: list[int] = field(default_factory=list)
-    """Target tokens of each of this rank's micro-batches."""
+    counts: list[int] = field(default_factory=list)
+    """Of each of this rank's micro-batches, what the loss is divided by."""
 
 
 def take_step(
     step: int,
     feed: Feed,
-    loss_sum: LossSum,
+    measure: Measure,
+    metrics: tuple[str, ...],
     sync: Strategy,
     votes: Group,
     *,
@@ -83,14 +83,14 @@ def take_step(
     """
     plan = feed.plan
     leaves = plan.leaves(votes.rank)
-    # Tensor ranks have the same losses, context ranks each a part; targets are counted once for all.
-    tells, leads = plan.mesh.tensor_rank(votes.rank) == 0, plan.mesh.leads(votes.rank)
+    # Tensor ranks have the same losses, context ranks each a part.
+    tells = plan.mesh.tensor_rank(votes.rank) == 0
     ballot = Ballot(period=stamps.period)
     clock = sync.ledger.clock
     slow = stamps.slowest_s > SLOW_STEP_S
     work = 0.0
     error: BaseException | None = None
-    losses: list[torch.Tensor] = []
+    measured: list[Measured] = []
     # Ranks that share samples have no gradient of their own ones alone.
     sync.parts.begin(measure=noise.due() and plan.mesh.inner == 1)
     for k in range(plan.accumulation):
@@ -104,7 +104,7 @@ def take_step(
         elif ballot.trouble != FINE:
             break
         leaf = leaves[k]
-        loss = None
+        found = None
         try:
             # Entered even if reading fails: the others may wait for this rank in it.
             with clock("compute"), sync.micro_batch(last=k == plan.accumulation - 1):
@@ -112,12 +112,10 @@ def take_step(
                     batch = feed.batch(step, leaf)
                 work += stamps.flops(*batch.input_ids.shape)
                 torch.manual_seed(feed.seed_for(step, leaf))
-                loss = loss_sum(batch)
-                loss.backward()
+                found = measure(batch)
+                found.loss.backward()
             if tells:
-                losses.append(loss.detach())
-                targets = int((batch.labels[:, 1:] != NO_LABEL).sum())
-                ballot.tokens.append(targets if leads else 0)
+                measured.append(replace(found, loss=found.loss.detach()))
             sync.parts.after(k + 1, plan.accumulation, sync.local_gradients())
         except Exception as caught:
             if not sync.can_give_up:
@@ -127,22 +125,25 @@ def take_step(
                 ballot.trouble = OUT_OF_MEMORY
             else:
                 ballot.trouble, error = FAILED, caught
-    loss = None
+    found = None
     with clock("compute"):  # on a GPU this is where the backward pass is waited for
-        ballot.losses = [float(loss) for loss in losses]
+        ballot.losses = [float(m.loss) for m in measured]
+        ballot.counts = [m.count for m in measured]
+        each = [flat(metrics, m.sums) for m in measured]
+        ballot.sums = [math.fsum(s) for s in zip(*each, strict=True)] or [0.0] * 2 * len(metrics)
     ballot.stop = stop()
     vote = pack(ballot, votes.rank, votes.size, plan.micro_batches, leaves.start)
     stamps.arrived(work)
     values = sync.finish(*vote, *noise.told())
     stamps.left()
     noise.hear(values[len(vote) :])
-    outcome = unpack(values, votes.size, plan.micro_batches)
+    outcome = unpack(values[: len(vote)], votes.size, plan.micro_batches)
     stamps.slowest_s = outcome.step_s
     stamps.settle(outcome.periods, votes.rank)
-    return Taken(outcome, error, ballot.tokens)
+    return Taken(outcome, error, ballot.counts)
 
 
-def find_culprit(step: int, feed: Feed, loss_sum: LossSum, sync: Strategy, votes: Group) -> str:
+def find_culprit(step: int, feed: Feed, measure: Measure, sync: Strategy, votes: Group) -> str:
     """Collective: why the gradient of `step` was not finite: rank, tensor, samples, in words.
 
     Repeats this rank's micro-batches without communication and looks at each one's own gradients,
@@ -158,7 +159,7 @@ def find_culprit(step: int, feed: Feed, loss_sum: LossSum, sync: Strategy, votes
         # What fails here costs the explanation, not the run.
         with suppress(Exception), sync.micro_batch(last=False):
             torch.manual_seed(feed.seed_for(step, candidate))
-            loss_sum(feed.batch(step, candidate)).backward()
+            measure(feed.batch(step, candidate)).loss.backward()
             bad = next(_not_finite(sync), None)
         if bad is not None and leaf < 0:
             leaf, tensor = candidate, names.index(bad)
