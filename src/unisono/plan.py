@@ -368,12 +368,19 @@ def _buckets(plan: Plan) -> list[tuple[str, str, str]]:
     return [("buckets", f"{plan.bucket_mb:g} MiB", plan.reasons["bucket_mb"])]
 
 
+def _global_batch(plan: Plan, config: Config) -> str:
+    if config.grpo:
+        each = config.grpo.num_generations
+        return f"{plan.global_batch_size} prompts x {each} completions"
+    tokens = plan.global_batch_size * plan.sequence_length
+    return f"{plan.global_batch_size} x {plan.sequence_length} = {tokens:,} tokens"
+
+
 def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tuple[str, str, str]]:
     """(what, value, reason) rows of the table that is shown before the first step."""
     place = "CPU" if world.device == "cpu" else world.device.split(":")[0].upper()
     count = f"{world.threads} thread{'' if world.threads == 1 else 's'}"
     threads = f", {count} each" if world.device == "cpu" else ""
-    tokens = plan.global_batch_size * plan.sequence_length
     h = plan.hyper
     optimizer = f"lr {h.learning_rate:.4g}, weight decay {h.weight_decay:.3g}"
     if config.optim == "adamw":
@@ -385,7 +392,7 @@ def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tup
         *_mesh_row(plan),
         (
             "global batch",
-            f"{plan.global_batch_size} x {plan.sequence_length} = {tokens:,} tokens",
+            _global_batch(plan, config),
             f"{plan.mesh.data} {'replicas' if plan.mesh.data == plan.replicas else 'data ranks'} x "
             f"{plan.accumulation} micro-batches of up to "
             f"{plan.micro_batch_size}",

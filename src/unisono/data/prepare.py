@@ -72,6 +72,14 @@ class Prepared:
     notes: tuple[str, ...]
     """What packing did to documents that do not fit."""
 
+    def told(self) -> str:
+        """One line."""
+        return (
+            f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, "
+            f"{self.num_blocks + self.num_eval_blocks:,} samples of "
+            f"{self.blocks('train').sequence_length} tokens"
+        )
+
     def blocks(self, split: Literal["train", "eval"]) -> Blocks:
         """Open the blocks of a split."""
         if self.eval_folder is not None:

@@ -153,6 +153,9 @@ def prepare_prompts(
             f"grpo.max_completion_length {asked.max_completion_length}; write more than that"
         )
     encoder = make_encoder(tokenizer)
+    if quarantine is not None:
+        quarantine.parent.mkdir(parents=True, exist_ok=True)
+        quarantine.unlink(missing_ok=True)  # what an earlier run found
     with Problems(quarantine, config.strict_data) as problems:
         items = list(_read(config, config.data.path, "data.path", encoder, most, problems))
         own = None
@@ -223,7 +226,9 @@ def _prompt(record: Mapping[str, Any]) -> str | Messages:
     value = record.get("prompt")
     if not isinstance(value, list):
         return _string(record, "prompt")
-    answered = _messages([*value, {"role": "assistant", "content": "?"}])  # as they must be to be answered
+    answered = _messages(
+        [*value, {"role": "assistant", "content": "?"}]
+    )  # as they must be to be answered
     return [{"role": role, "content": content} for role, content in answered[:-1]]
 
 

@@ -89,6 +89,12 @@ def _for_phase(phase: str, config: Config, plan: Plan, memory: str) -> str:
             )
         case "data":
             return "put the cache on a local disk: XDG_CACHE_HOME=/local/path"
+        case "generation":
+            return (
+                f"half of max_completion_length, or fewer than num_generations={config.grpo.num_generations}"
+                if config.grpo
+                else "shorter completions"
+            )
         case "optimizer":
             holders = plan.mesh.holders
             if holders > 1 and config.sync == "exact" and config.determinism != "strict" and not plan.shard_optimizer:  # fmt: skip

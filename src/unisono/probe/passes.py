@@ -67,7 +67,7 @@ def own(config: Config, world: World, votes: Group) -> Own:
             }
         )  # fmt: skip
         job = set_up(plain, world, Quiet(), Stop(), Ledger(), votes)
-        batch = job.feed.batch(0, votes.rank * job.plan.accumulation)
+        batch = job.train_blocks.read(job.feed.samples(0, votes.rank * job.plan.accumulation))
     job.sync.close()
     factory = optimizer_factory(config, job.plan.hyper)
     params = [p for p in job.model.parameters() if p.requires_grad]

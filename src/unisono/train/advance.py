@@ -33,6 +33,8 @@ def advance(job: Job, stamps: Stamps | None = None) -> Advanced | None:
     The caller counts the step, and keeps `stamps` from step to step. Raises on every rank when any rank failed.
     """
     config, plan, step = job.config, job.plan, job.progress.step
+    if job.online:
+        job.sync.settle()  # completions are drawn from whole weights
     taken = take_step(
         step,
         job.feed,

@@ -81,6 +81,8 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
 
     Only rank 0 has the probe, so only its answer is the run's.
     """
+    if job.online:
+        return "how long completions will be is not known"
     plan, votes, world = job.plan, job.votes, job.world
     link = job.link
     if link is None and world.size > 1:

@@ -15,11 +15,12 @@ import psutil
 import torch
 
 from unisono.attention.choose import Choice, choose
-from unisono.config import Config
+from unisono.config import AttentionConfig, Config
 from unisono.data.blocks import Batch, Blocks
 from unisono.data.examples import examples
 from unisono.data.order import Order
 from unisono.data.prepare import Prepared, prepare
+from unisono.data.prompts import PreparedPrompts, Prompts, prepare_prompts
 from unisono.data.show import masks
 from unisono.data.tokenizer import check_vocabulary, load_tokenizer
 from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoError
@@ -42,12 +43,15 @@ from unisono.train import checkpoint, tuning
 from unisono.train.context import Parts, asked_attention, make_parts, with_context
 from unisono.train.known import find_probe, link_of
 from unisono.train.objective import Measured, Objective, causal_lm, target_tokens
+from unisono.train.online import Online, OnlineFeed, make_online, policy_of
+from unisono.train.rewards import load_rewards
 from unisono.train.state import load_optimizer, optimizer_factory
 from unisono.train.step import Feed
 from unisono.train.stopping import Stop
 from unisono.train.together import attempt
 from unisono.train.trial import find_micro_batch, seconds_of_pass
 from unisono.train.tuning import Tuner
+from unisono.train.vote import Outcome
 from unisono.world import World, cache_folder
 
 if TYPE_CHECKING:
@@ -59,7 +63,7 @@ AMPLE = 0.25
 """Of the free memory may go to weights, gradients and optimizer before shards are for memory's sake."""
 TUNED = "tuned"
 """In the cache folder: sizes of buckets that were found."""
-SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism", "lora")
+SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism", "lora", "grpo")
 """Fields that a resumed run must share with its checkpoint to be the same run."""
 
 
@@ -90,15 +94,17 @@ class Job:
     votes: Group
     tokenizer: "PreTrainedTokenizerFast"
     model: "PreTrainedModel"
-    prepared: Prepared
-    train_blocks: Blocks
-    eval_blocks: Blocks
+    prepared: Prepared | PreparedPrompts
+    train_blocks: Blocks | Prompts
+    eval_blocks: Blocks | Prompts
     order: Order
     objective: Objective
     sync: Strategy
     plan: Plan
     flops: Flops
     """Of the whole model."""
+    online: Online | None = None
+    """What draws completions and rewards them, in online tuning."""
     parts: Parts | None = None
     """Of sequences, where the context axis has several ranks."""
     progress: Progress = field(default_factory=Progress)
@@ -113,6 +119,12 @@ class Job:
 
     @property
     def feed(self) -> Feed:
+        if self.online:
+            assert isinstance(self.train_blocks, Prompts)
+            return OnlineFeed(
+                self.train_blocks, self.order, self.plan, self.config.seed, self.online
+            )
+        assert isinstance(self.train_blocks, Blocks)
         return Feed(self.train_blocks, self.order, self.plan, self.config.seed)
 
     @property
@@ -124,6 +136,13 @@ class Job:
     def data_identity(self) -> dict[str, Any]:
         """What a resumed run must find unchanged."""
         return _identity(self.prepared)
+
+    def tokens_of(self, outcome: Outcome) -> int:
+        """That the step at hand processed: padding included, or what was generated."""
+        if self.online:
+            length = list(self.objective.metrics).index("completions/mean_length")
+            return int(outcome.sums[2 * length])
+        return len(self.plan.positions(self.progress.step)) * self.plan.sequence_length
 
     def measure(self, batch: Batch) -> Measured:
         """The objective of `batch`, or of this rank's part of its sequences."""
@@ -148,14 +167,18 @@ def set_up(
         ).on_every_rank()
     mesh = mesh_of(config, world.size)
     _refuse_lora(config, mesh)
+    _refuse_grpo(config, mesh)
     objective = make_objective(config)
     _same_threads(votes, screen)
     run = Path(config.output_dir)
-    tokenizer, prepared = _prepare_data(config, world, screen, ledger, run)
+    named = config.grpo.reward_funcs if config.grpo else ()
+    rewards = attempt(votes, lambda: load_rewards(named, world.device)) or []
+    made_by = "".join(reward.digest for reward in rewards)
+    tokenizer, prepared = _prepare_data(config, world, screen, ledger, run, made_by)
     train_blocks, eval_blocks = prepared.blocks("train"), prepared.blocks("eval")
     found = _find_checkpoint(config, run, _identity(prepared), world, votes, screen)
 
-    def build_model() -> "tuple[PreTrainedModel, Choice]":
+    def build_model() -> "tuple[PreTrainedModel, Choice, Any]":
         model = load_model(
             str(found.path) if found and config.lora is None else config.model,
             tokenizer,
@@ -167,11 +190,12 @@ def set_up(
         if config.lora is not None:
             wanted = config.lora.model_dump()
             model = adapter.attach(model, wanted, config.seed, found.path if found else None)
-        return model, choose(model, asked_attention(config, mesh), world.device)
+        policy = policy_of(model) if config.grpo else None  # before anything is hooked
+        return model, choose(model, asked_attention(config, mesh), world.device), policy
 
     built = attempt(votes, build_model)
     assert built is not None
-    model, attention = built
+    model, attention, policy = built
     # What is divided need never be whole on a device: slices go there, and FSDP's parts.
     whole = config.sync != "sharded"
     if whole and mesh.tensor == 1:
@@ -180,6 +204,15 @@ def set_up(
         broadcast_model(model, votes)
     else:
         _share_adapters(model, votes)
+    online = None
+    if config.grpo is not None:
+        online = attempt(
+            votes, lambda: make_online(config, world, policy, rewards, tokenizer, ledger.clock)
+        )
+        assert online is not None
+        if online.reference is not None:
+            check_replicas(online.reference.named_parameters(), votes, step=0)
+        objective = online.objective
     division = attempt(votes, lambda: divide(model, mesh.tensor)) if mesh.tensor > 1 else None
     if division and division.note:
         screen.say(f"tensor: {division.note}", "dim")
@@ -241,7 +274,7 @@ def set_up(
     )
     job = Job(
         config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
-        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), objective, sync, plan, flops, parts, link=link, probe=probe, tuner=tuner,
+        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), objective, sync, plan, flops, online, parts, link=link, probe=probe, tuner=tuner,
     )  # fmt: skip
     if found and strict:
         _check_same_bits(found, plan, config)
@@ -301,6 +334,29 @@ def _refuse_lora(config: Config, mesh: Mesh) -> None:
         raise ConfigError(
             f"mesh.tensor: found {mesh.tensor} with lora, whose adapters are not divided; write "
             f"mesh.tensor: 1"
+        ).on_every_rank()
+
+
+def _refuse_grpo(config: Config, mesh: Mesh) -> None:
+    """Where completions cannot be drawn as asked."""
+    if config.grpo is None:
+        return
+    apart = [a for a in ("shard", "context", "tensor") if getattr(mesh, a) > 1]
+    if config.sync == "sharded" or apart:
+        what = "sync: found sharded" if config.sync == "sharded" else f"mesh.{apart[0]}: found {getattr(mesh, apart[0])}"  # fmt: skip
+        raise ConfigError(
+            f"{what} with grpo; every replica generates with the whole model: write sync: exact and "
+            f"replicas only (lora makes optimizer and gradients small)"
+        ).on_every_rank()
+    if isinstance(config.attention, AttentionConfig):
+        raise ConfigError(
+            "attention: found a mapping with grpo; completions are drawn with the model's own attention, and "
+            "must be learned with the same: write attention: auto"
+        ).on_every_rank()
+    if config.data.packing != "auto":
+        raise ConfigError(
+            f"data.packing: found {config.data.packing} with grpo; prompts and completions are not packed: "
+            f"leave it out"
         ).on_every_rank()
 
 
@@ -394,18 +450,24 @@ def _write_plan(job: Job) -> None:
 
 
 def _prepare_data(
-    config: Config, world: World, screen: Screen, ledger: Ledger, run: Path
-) -> tuple["PreTrainedTokenizerFast", Prepared]:
-    """Collective: tokenize once on each host, then open it on every rank."""
+    config: Config, world: World, screen: Screen, ledger: Ledger, run: Path, made_by: str
+) -> tuple["PreTrainedTokenizerFast", Prepared | PreparedPrompts]:
+    """Collective: tokenize once on each host, then open it on every rank.
+
+    `made_by`: digest of what else prompts become samples by.
+    """
     apart = Ledger(whereabouts=ledger.whereabouts)  # no part of the run, but a hang has a name
     patient = Group("preparation", apart, PREPARATION_TIMEOUT_S)
     cache = cache_folder()
     quarantine = run / "quarantine.jsonl"
 
-    def both() -> tuple["PreTrainedTokenizerFast", Prepared]:
+    def both() -> tuple["PreTrainedTokenizerFast", Prepared | PreparedPrompts]:
         tokenizer = load_tokenizer(
             config.model, config.tokenizer, config.data, cache, screen.preparing
         )
+        if config.grpo:
+            mine = quarantine if world.is_main else None
+            return tokenizer, prepare_prompts(config, tokenizer, mine, made_by)
         return tokenizer, prepare(config, tokenizer, cache, quarantine, screen.preparing)
 
     attempt(patient, both, mine=world.local_rank == 0)
@@ -417,10 +479,7 @@ def _prepare_data(
             "data: the hosts have different data or tokenizers; copy one to all"
         ).on_every_rank()
     found = result[1]
-    screen.say(
-        f"data: {found.num_documents:,} documents, {found.num_tokens:,} tokens, "
-        f"{found.num_blocks + found.num_eval_blocks:,} samples of {config.sequence_length} tokens"
-    )
+    screen.say(f"data: {found.told()}")
     if found.num_dialogues and world.is_main:
         screen.show(masks(tuple(examples(config, result[0], count=2))))
     for note in (*found.problems, *found.notes):
@@ -428,7 +487,7 @@ def _prepare_data(
     return result
 
 
-def _identity(prepared: Prepared) -> dict[str, Any]:
+def _identity(prepared: Prepared | PreparedPrompts) -> dict[str, Any]:
     return {"digest": prepared.digest, "samples": prepared.num_blocks}
 
 
@@ -442,7 +501,7 @@ def _pass(
     world: World,
     objective: Objective,
     model: torch.nn.Module,
-    blocks: Blocks,
+    blocks: Blocks | Prompts,
     rows: int,
 ) -> None:
     batch = blocks.read([i % len(blocks) for i in range(rows)])
@@ -557,13 +616,14 @@ def _check_same_run(config: Config, found: checkpoint.Manifest, data: dict[str, 
                 f"{name}: found {now!r}, but {found.path} was trained with {then!r}; write "
                 f"{name}={then!r} to go on, or another output_dir to start anew"
             )
-    if config.lora is not None and before["model"] != config.model:
+    compared = config.grpo is not None and config.grpo.beta > 0
+    if (config.lora is not None or compared) and before["model"] != config.model:
+        held = "holds adapters of" if config.lora is not None else "is compared with"
         raise ConfigError(
-            f"model: found {config.model!r}, but {found.path} holds adapters of {before['model']!r}; "
-            f"restore it to go on, or choose another output_dir to start anew"
+            f"model: found {config.model!r}, but {found.path} {held} {before['model']!r}; restore it to go on, or choose another output_dir to start anew"
         )
     if found.meta["data"] != data:
         raise ConfigError(
-            f"data: not what {found.path} was trained on (files, tokenizer, packing or split "
-            f"changed); restore them to go on, or choose another output_dir to start anew"
+            f"data: not what {found.path} was trained on (files, tokenizer, packing, split "
+            f"or reward functions changed); restore them to go on, or choose another output_dir to start anew"
         )

@@ -21,6 +21,8 @@ from unisono import __version__
 from unisono.clock import PHASES, STEP_PHASES
 from unisono.config import Config
 from unisono.data import ledger as sample_ledger
+from unisono.data.blocks import Blocks
+from unisono.data.prompts import Prompts
 from unisono.errors import CheckpointError, Stopped
 from unisono.files import JsonLines, RunLock, truncate_after, up_to, write_json
 from unisono.observe import goodput, metrics, timeline
@@ -55,6 +57,7 @@ from unisono.train.job import (
     weights_digest,
 )
 from unisono.train.objective import means
+from unisono.train.online import Online, evaluate_prompts
 from unisono.train.recompute import time_recomputation
 from unisono.train.state import Weights, exhaust, publish_model, save_state
 from unisono.train.stopping import watching
@@ -65,6 +68,8 @@ from unisono.world import World, cache_folder, joined
 RECEIPT = "receipt.json"
 ENVIRONMENT = "environment.json"
 SAMPLES = "samples"
+COMPLETIONS = "completions.jsonl"
+"""Some of each step that is logged, with their rewards, in online tuning."""
 
 
 def train(config: Config, world: World, screen: Screen) -> Receipt | None:
@@ -93,7 +98,7 @@ def take_steps(job: Job) -> Receipt:
     baseline = measure_baseline(
         partial(try_rows, job),
         plan.micro_batch_size,
-        config.baseline_steps,
+        0 if job.online else config.baseline_steps,  # completions are of no known length
         job.sync,
         job.votes,
         world.device,
@@ -111,6 +116,9 @@ def take_steps(job: Job) -> Receipt:
     clock.restart()
     stamps.began()
     job.stop.graceful = True
+    if job.online and progress.step == 0 and len(job.eval_blocks):
+        with clock("evaluation"):
+            _evaluate(job, log)
     job.screen.start_steps(progress.step, plan.max_steps)
     stopping = False
     while progress.step < plan.max_steps and not stopping:
@@ -131,15 +139,15 @@ def take_steps(job: Job) -> Receipt:
         if recorded:
             log.record(progress.step + 1)
         log.samples()
-        rows = len(plan.positions(progress.step))
+        tokens = job.tokens_of(advanced.outcome)
         progress.step += 1
-        progress.tokens += rows * plan.sequence_length
+        progress.tokens += tokens
         step, last = progress.step, progress.step == plan.max_steps
         stopping = advanced.outcome.stop and not last
         if config.check_replicas_every and step % config.check_replicas_every == 0:
             check_replicas(job.sync.replicated(), job.votes, step)
         log.follow(advanced)
-        log.step(advanced, step_s, final=last or stopping)
+        log.step(advanced, step_s, tokens, final=last or stopping)
         if job.tuner and not job.tuner.done:
             _tune(job, log, advanced)
         better = False
@@ -219,6 +227,7 @@ class Log:
         )
         self._rows: JsonLines | None = None
         self._ranks: JsonLines | None = None
+        self._completions: JsonLines | None = None
         if job.world.is_main:
             facts = environment(device=name, replicas=job.world.size, unisono=__version__)
             write_json(job.run / ENVIRONMENT, facts)
@@ -226,6 +235,9 @@ class Log:
             self._rows = JsonLines(job.run / timeline.FILE)
             truncate_after(job.run / RANKS, up_to(self.first_step))
             self._ranks = JsonLines(job.run / RANKS)
+            if job.online:
+                truncate_after(job.run / COMPLETIONS, up_to(self.first_step))
+                self._completions = JsonLines(job.run / COMPLETIONS)
 
     @contextmanager
     def _disk_may_fail(self, what: str) -> Iterator[None]:
@@ -288,7 +300,7 @@ class Log:
             with self._disk_may_fail("metrics.jsonl"):
                 self.metrics.write(self.job.progress.step, **values)
 
-    def step(self, advanced: Advanced, seconds: float, final: bool) -> None:
+    def step(self, advanced: Advanced, seconds: float, tokens: int, final: bool) -> None:
         """Count a step; a row every `logging_steps` and at the end; the live line always."""
         job, window = self.job, self._window
         plan, progress, outcome = job.plan, job.progress, advanced.outcome
@@ -296,7 +308,7 @@ class Log:
         window.loss_sum += sum(outcome.losses)
         window.count += outcome.count
         window.sums = [a + b for a, b in zip_longest(window.sums, outcome.sums, fillvalue=0.0)]
-        window.tokens += len(plan.positions(progress.step - 1)) * plan.sequence_length
+        window.tokens += tokens
         window.seconds += seconds
         window.steps += 1
         phases = job.ledger.clock.read()
@@ -315,10 +327,14 @@ class Log:
                 **self._use(window),
                 comm__exposed_fraction=spent["communication"] / total,
                 comm__waiting_fraction=spent["waiting"] / total,
-                **batch_advice.metrics(job.noise.scale(), plan, progress.tokens),
+                **({} if job.online else batch_advice.metrics(job.noise.scale(), plan, progress.tokens)),
                 **{f"time__{p}_s": seconds for p, seconds in spent.items()},
             )
             self._window = _Window(phases_before=phases)
+            if self._completions and job.online:
+                with self._disk_may_fail(COMPLETIONS):
+                    for row in job.online.shown:
+                        self._completions.append({"step": progress.step, **row})
             if self._ranks:
                 with self._disk_may_fail(RANKS):
                     self._ranks.append(self.account.row(progress.step))
@@ -327,7 +343,7 @@ class Log:
     def _use(self, window: _Window) -> dict[str, float]:
         """Of memory, and of the peak where there is a known one."""
         found = {"perf__memory_bytes": float(memory_bytes(self.job.world.device))}
-        if self.peak.flops:
+        if self.peak.flops and not self.job.online:
             length = self.job.plan.sequence_length
             done = self.flops.model(window.tokens // length, length) / window.seconds
             found["perf__mfu"] = done / self.job.world.size / self.peak.flops
@@ -377,7 +393,7 @@ class Log:
         )
         return replace(
             receipt,
-            mfu=utilization(receipt, model, hardware, self.peak),
+            mfu=None if job.online else utilization(receipt, model, hardware, self.peak),
             memory_by_rank=memory,
             blame=blame,
             events=self.account.events,
@@ -388,7 +404,7 @@ class Log:
         self._samples.close()
         if self.metrics:
             self.metrics.close()
-        for lines in (self._rows, self._ranks, self._sessions):
+        for lines in (self._rows, self._ranks, self._completions, self._sessions):
             if lines:
                 lines.close()
         self._hooks.close()
@@ -418,6 +434,9 @@ def _evaluate(job: Job, log: Log) -> bool:
     """Collective: loss on the held-out split; returns whether it is the best so far."""
     config, progress = job.config, job.progress
     job.sync.settle()
+    if job.online:
+        return _evaluate_prompts(job, job.online, log)
+    assert isinstance(job.eval_blocks, Blocks)
     result = evaluate(
         job.model,
         job.eval_blocks,
@@ -447,6 +466,24 @@ def _evaluate(job: Job, log: Log) -> bool:
     job.screen.say(
         f"step {progress.step}: held-out loss {result.loss:.4f}{also}"
         f"{', the best so far' if better else ''}"
+    )
+    return better
+
+
+def _evaluate_prompts(job: Job, online: Online, log: Log) -> bool:
+    """Collective: mean reward of held-out prompts; returns whether it is the best so far."""
+    config, progress = job.config, job.progress
+    assert isinstance(job.eval_blocks, Prompts)
+    most = config.eval_batches and config.eval_batches * config.global_batch_size
+    found = evaluate_prompts(online, job.eval_blocks, job.votes, job.plan.mesh, most)
+    # Checkpoints are compared by what is to be low.
+    better = progress.best_loss is None or -found["reward"] < progress.best_loss
+    if better:
+        progress.best_loss, progress.best_step = -found["reward"], progress.step
+    log.write(**{f"eval__{name}": value for name, value in found.items()})
+    job.screen.say(
+        f"step {progress.step}: held-out reward {found['reward']:.4f}, completions of "
+        f"{found['completions/mean_length']:.1f} tokens{', the best so far' if better else ''}"
     )
     return better
 
@@ -542,9 +579,13 @@ def _finish(
     publish_model(job.run, job.model, job.tokenizer, weights)
     used = log.ended()
     receipt = replace(receipt, samples=_audit(job), goodput=used.as_json() if used else None)
-    advice = batch_advice.advise(job.noise.scale(), job.plan, job.config, job.progress.tokens)
+    # What is known of batches is of text that is given.
+    advice = None
+    if not job.online:
+        advice = batch_advice.advise(job.noise.scale(), job.plan, job.config, job.progress.tokens)
     facts = {"step": job.progress.step, **receipt.as_json(), "digest": digest}
-    facts["batch_advice"] = advice.as_json()
+    if advice:
+        facts["batch_advice"] = advice.as_json()
     write_json(job.run / RECEIPT, facts)
     if job.config.sample_prompt is not None:
         from unisono.generate import continue_text, generate
@@ -558,7 +599,8 @@ def _finish(
         job.screen.say("\nSample", "bold")
         job.screen.say(text + "\n")
     job.screen.show(render(receipt))
-    job.screen.say("\n".join(advice.lines), "dim")
+    if advice:
+        job.screen.say("\n".join(advice.lines), "dim")
     if forecast is not None and receipt.steps:
         facts = foretell.beside(forecast, receipt, job.config.sync == "ddp")
         write_json(job.run / foretell.FILE, facts)

@@ -49,9 +49,7 @@ class Reward:
         count = len(completions)
         repeated = {k: [v] * count for k, v in columns.items()}
         try:
-            found = self.score(
-                prompts=[prompt] * count, completions=list(completions), **repeated
-            )
+            found = self.score(prompts=[prompt] * count, completions=list(completions), **repeated)
             values = [float(value) for value in found]
         except Exception as error:
             text = " ".join(str(error).split())[:200]

@@ -40,6 +40,10 @@ class Feed:
         rows = self.plan.rows(leaf)
         return self.order.at(np.asarray(positions[rows.start : rows.stop], dtype=np.int64))
 
+    def begin(self, step: int, leaves: range) -> float:
+        """What this rank must make before it can read `leaves`; what it cost, in rows of one token."""
+        return 0.0
+
     def batch(self, step: int, leaf: int) -> Batch:
         """The micro-batch. An empty one is a row without targets, so that every rank computes."""
         samples = self.samples(step, leaf)
@@ -88,9 +92,24 @@ def take_step(
     ballot = Ballot(period=stamps.period)
     clock = sync.ledger.clock
     slow = stamps.slowest_s > SLOW_STEP_S
-    work = 0.0
+    work = drawn = 0.0
     error: BaseException | None = None
     measured: list[Measured] = []
+
+    def failed_by(caught: Exception) -> None:
+        nonlocal error
+        if not sync.can_give_up:
+            raise caught
+        if is_out_of_memory(caught):
+            # Not kept: its traceback holds the activations that have to go.
+            ballot.trouble = OUT_OF_MEMORY
+        else:
+            ballot.trouble, error = FAILED, caught
+
+    try:
+        drawn = feed.begin(step, leaves)
+    except Exception as caught:
+        failed_by(caught)
     # Ranks that share samples have no gradient of their own ones alone.
     sync.parts.begin(measure=noise.due() and plan.mesh.inner == 1)
     for k in range(plan.accumulation):
@@ -118,13 +137,7 @@ def take_step(
                 measured.append(replace(found, loss=found.loss.detach()))
             sync.parts.after(k + 1, plan.accumulation, sync.local_gradients())
         except Exception as caught:
-            if not sync.can_give_up:
-                raise
-            if is_out_of_memory(caught):
-                # Not kept: its traceback holds the activations that have to go.
-                ballot.trouble = OUT_OF_MEMORY
-            else:
-                ballot.trouble, error = FAILED, caught
+            failed_by(caught)
     found = None
     with clock("compute"):  # on a GPU this is where the backward pass is waited for
         ballot.losses = [float(m.loss) for m in measured]
@@ -133,7 +146,7 @@ def take_step(
         ballot.sums = [math.fsum(s) for s in zip(*each, strict=True)] or [0.0] * 2 * len(metrics)
     ballot.stop = stop()
     vote = pack(ballot, votes.rank, votes.size, plan.micro_batches, leaves.start)
-    stamps.arrived(work)
+    stamps.arrived(work, drawn)
     values = sync.finish(*vote, *noise.told())
     stamps.left()
     noise.hear(values[len(vote) :])
