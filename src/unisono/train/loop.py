@@ -133,7 +133,7 @@ def take_steps(job: Job) -> Receipt:
         log.samples()
         rows = len(plan.positions(progress.step))
         progress.step += 1
-        progress.tokens += rows * plan.sequence_length
+        progress.tokens += rows * plan.sample_tokens
         step, last = progress.step, progress.step == plan.max_steps
         stopping = advanced.outcome.stop and not last
         if config.check_replicas_every and step % config.check_replicas_every == 0:
@@ -296,7 +296,7 @@ class Log:
         window.loss_sum += sum(outcome.losses)
         window.count += outcome.count
         window.sums = [a + b for a, b in zip_longest(window.sums, outcome.sums, fillvalue=0.0)]
-        window.tokens += len(plan.positions(progress.step - 1)) * plan.sequence_length
+        window.tokens += len(plan.positions(progress.step - 1)) * plan.sample_tokens
         window.seconds += seconds
         window.steps += 1
         phases = job.ledger.clock.read()
@@ -328,7 +328,7 @@ class Log:
         """Of memory, and of the peak where there is a known one."""
         found = {"perf__memory_bytes": float(memory_bytes(self.job.world.device))}
         if self.peak.flops:
-            length = self.job.plan.sequence_length
+            length = self.job.plan.row_tokens
             done = self.flops.model(window.tokens // length, length) / window.seconds
             found["perf__mfu"] = done / self.job.world.size / self.peak.flops
         return found
@@ -358,7 +358,7 @@ class Log:
         seconds = job.ledger.clock.read()
         table = job.votes.each(*(seconds.get(p, 0.0) for p in PHASES))
         by_rank = [dict(zip(PHASES, row, strict=True)) for row in table.tolist()]
-        rows, length = plan.global_batch_size, plan.sequence_length
+        rows, length = plan.global_batch_size * plan.sample_rows, plan.row_tokens
         model, hardware = self.flops.model(rows, length), self.flops.hardware(rows, length)
         if job.world.device != "cpu":
             by_rank = [with_recomputation(s, 1 - model / hardware) for s in by_rank]
