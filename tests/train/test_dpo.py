@@ -191,10 +191,14 @@ class Alone:
 # --- whole runs
 
 
+def apart(place: Path) -> dict:
+    return {"join": False, "env": {"XDG_CACHE_HOME": str(place / "cache")}}
+
+
 def finish(place: Path, output: Path, size: int, **changes: object) -> dict:
     fields = {"determinism": "strict", "max_steps": 6, "micro_batch_size": 1, **changes}
     config = make_pair_job(place / "model", place / "pairs.jsonl", output, **fields)
-    ends = run_ranks(run, size, config)
+    ends = run_ranks(run, size, config, **apart(place))
     assert all(end == "done" for end, _, _ in ends), ends
     return json.loads((output / "receipt.json").read_text())
 
@@ -246,15 +250,14 @@ def test_it_learns_what_is_preferred_and_tells_so(place: Path, tmp_path: Path) -
 
 
 def test_a_resume_is_exact_and_another_dpo_is_refused(place: Path, tmp_path: Path) -> None:
-    whole = finish(place, tmp_path / "whole", 2, max_steps=8, save_steps=4)
     fields = {"determinism": "strict", "micro_batch_size": 1, "save_steps": 4, "lr_scheduler_type": "constant"}  # fmt: skip
-    whole = finish(place, tmp_path / "whole2", 2, max_steps=8, **fields)
+    whole = finish(place, tmp_path / "whole", 2, max_steps=8, **fields)
     finish(place, tmp_path / "part", 2, max_steps=4, **fields)
     other = make_pair_job(
         place / "model", place / "pairs.jsonl", tmp_path / "part", max_steps=8,
         **{**fields, "dpo": {"beta": 0.5, "loss_type": "ipo"}},
     )  # fmt: skip
-    end, _, _ = run_ranks(run, 1, other)[0]
+    end, _, _ = run_ranks(run, 1, other, **apart(place))[0]
     assert "dpo: found" in end and "'loss_type': 'ipo'" in end
     assert finish(place, tmp_path / "part", 1, max_steps=8, **fields)["digest"] == whole["digest"]
 
@@ -346,5 +349,5 @@ def computed(world, place: Path, folder: Path) -> np.ndarray:
 )
 def test_axes_that_do_not_combine_are_named(changes, words, place: Path, tmp_path: Path) -> None:
     config = make_pair_job(place / "model", place / "pairs.jsonl", tmp_path / "run", **changes)
-    for end, _, _ in run_ranks(run, 2, config):
+    for end, _, _ in run_ranks(run, 2, config, **apart(place)):
         assert words in end or "Elsewhere" in end
