@@ -154,6 +154,36 @@ class GrpoConfig(_Section):
         return self.loss_type != "rloo" and self.scale_rewards != "none"
 
 
+class DpoConfig(_Section):
+    """Direct preference optimization: answers that people prefer become more probable than the others,
+    compared with the model as it was."""
+
+    beta: float = Field(0.1, gt=0)
+    """How much a departure from the reference costs; 1 / (2 beta) is ipo's target."""
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """sigmoid: the share of pairs that are taken to be labelled the wrong way round (conservative DPO)."""
+    length_normalized: bool = False
+    """Log-probabilities per token of the answer (TRL: sigmoid_norm); ipo always does so."""
+    reference_free: bool = False
+    """Compare with nothing instead of with the model as it was."""
+
+    @model_validator(mode="after")
+    def _smoothing_is_of_sigmoid(self) -> Self:
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError("label_smoothing needs loss_type: sigmoid")
+        return self
+
+
+class RewardConfig(_Section):
+    """A reward model: one number for an answer, larger for those that people prefer."""
+
+    center_rewards_coefficient: float | None = Field(None, gt=0)
+    """Weight of (chosen + rejected)^2, which keeps rewards around zero."""
+    margin: float = Field(0.0, ge=0)
+    """By how much chosen is to be above rejected, for every pair."""
+
+
 class MeshConfig(_Section):
     """How the ranks divide: replica x shard x context x tensor; the product is all of them."""
 
@@ -229,6 +259,10 @@ class Config(_Section):
     grpo: GrpoConfig | None = None
     """Tune on completions of prompts and their rewards instead of given text, for example
     {reward_funcs: reward.py:score}."""
+    dpo: DpoConfig | None = None
+    """Tune on preference pairs, for example {beta: 0.1}; a sample is a pair of answers."""
+    reward: RewardConfig | None = None
+    """Train a reward model on preference pairs: a head with one output. `reward: {}` has the defaults."""
     strict_data: bool = False
     """Stop at the first bad record instead of putting it into quarantine."""
     output_dir: str
@@ -344,6 +378,26 @@ class Config(_Section):
         if isinstance(value, dict) and "model_type" not in value:
             raise ValueError("an architecture needs model_type, for example llama")
         return value
+
+    @model_validator(mode="after")
+    def _one_objective(self) -> Self:
+        if not self.wants_pairs:
+            return self
+        name = "dpo" if self.dpo is not None else "reward"
+        if self.dpo is not None and self.reward is not None:
+            raise ValueError("write either dpo or reward")
+        if isinstance(self.model, dict):
+            raise ValueError(f"{name} tunes a trained model: name a model directory")
+        if self.data.packing != "auto":
+            raise ValueError(f"{name} has a row for each answer: leave data.packing out")
+        if self.reward is not None and self.sample_prompt is not None:
+            raise ValueError("a reward model writes no text: leave sample_prompt out")
+        return self
+
+    @property
+    def wants_pairs(self) -> bool:
+        """A sample is a preference pair."""
+        return self.dpo is not None or self.reward is not None
 
 
 _HINTS = {
@@ -533,6 +587,8 @@ _ALL_FIELDS = {
         TokenizerConfig,
         LoraConfig,
         GrpoConfig,
+        DpoConfig,
+        RewardConfig,
         MeshConfig,
         ContextConfig,
         AttentionConfig,

@@ -39,6 +39,10 @@ class Facts:
     """Of the weights, the share that FSDP gathers for the forward pass and keeps for the backward pass."""
     attention: tuple[str, str] | None = None
     """Whose attention runs, and why (attention/choose.py)."""
+    sample_rows: int = 1
+    """Sequences of a sample: two of a preference pair."""
+    row_tokens: int = 0
+    """Of each of them, where they are not padded to `sequence_length`: the mean."""
     hides_whole: bool = False
     """Measured here: whole gradients travel in a small part of a step's compute, and memory is ample."""
 
@@ -61,6 +65,9 @@ class Plan:
     micro_batch_size: int
     """Rows of the largest micro-batch."""
     sequence_length: int
+    sample_rows: int
+    row_tokens: int
+    """Sequences of a sample, and tokens of each, on the mean; blocks have one of `sequence_length`."""
     samples: int
     """Positions of the whole run; the last step may be smaller than the others."""
     max_steps: int
@@ -82,6 +89,10 @@ class Plan:
     model_bytes: int
     """Weights, gradients, optimizer state and received gradients on each replica."""
     reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sample_tokens(self) -> int:
+        return self.sample_rows * self.row_tokens
 
     def rows(self, leaf: int) -> range:
         """Rows of the global batch that micro-batch `leaf` holds; sizes differ by one at most."""
@@ -137,6 +148,8 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
         accumulation=leaves // mesh.data,
         micro_batch_size=math.ceil(config.global_batch_size / leaves),
         sequence_length=config.sequence_length,
+        sample_rows=facts.sample_rows,
+        row_tokens=facts.row_tokens or config.sequence_length,
         samples=samples,
         max_steps=steps,
         epochs=samples / facts.train_samples,
@@ -370,10 +383,13 @@ def _buckets(plan: Plan) -> list[tuple[str, str, str]]:
 
 def _global_batch(plan: Plan, config: Config) -> str:
     if config.grpo:
-        each = config.grpo.num_generations
-        return f"{plan.global_batch_size} prompts x {each} completions"
-    tokens = plan.global_batch_size * plan.sequence_length
-    return f"{plan.global_batch_size} x {plan.sequence_length} = {tokens:,} tokens"
+        count = config.grpo.num_generations
+        return f"{plan.global_batch_size} prompts x {count} completions"
+    tokens = plan.global_batch_size * plan.sample_tokens
+    each = str(plan.sequence_length)
+    if plan.sample_rows > 1:
+        each = f"{plan.sample_rows} x about {plan.row_tokens}"
+    return f"{plan.global_batch_size} x {each} = {tokens:,} tokens"
 
 
 def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tuple[str, str, str]]:

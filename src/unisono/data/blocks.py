@@ -71,6 +71,7 @@ class Blocks:
     def __init__(
         self, folder: Path, held_out: Int64Array | None = None, inside: bool = False
     ) -> None:
+        self.folder = folder
         self.index = read_index(folder)
         n, width = self.index.num_blocks, -(-self.index.sequence_length // 8)
         little = np.dtype(self.index.dtype).newbyteorder("<")

@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from unisono.config import Config
 from unisono.data.blocks import NO_LABEL, Batch
-from unisono.data.documents import _BadRecord, _messages, _parse, _string
+from unisono.data.documents import _messages, _parse, _string
 from unisono.data.encode import Encoder, make_encoder
 from unisono.data.fingerprint import digest
 from unisono.data.lines import elements, is_list, lines
-from unisono.data.problems import KEPT_BYTES, Problem, Problems
+from unisono.data.problems import KEPT_BYTES, BadRecord, Problem, Problems
 from unisono.data.source import Source, resolve
 from unisono.data.split import held_out
 from unisono.data.tokenizer import tokenizer_digest
@@ -211,14 +211,14 @@ def _of_file(
             prompt = _prompt(record)
             ids = _encode(prompt, encoder)
             if not 0 < len(ids) <= most:
-                raise _BadRecord(
-                    "too long",
+                raise BadRecord(
                     f"the prompt has {len(ids):,} tokens; sequence_length - grpo.max_completion_length "
                     f"leaves {most:,}",
+                    "too long",
                 )
             columns = {k: v for k, v in record.items() if k != "prompt"}
             yield Prompt(source.name, line.number, prompt, columns, ids)
-        except _BadRecord as bad:
+        except BadRecord as bad:
             problems.add(bad.kind, source.name, line.number, str(bad), line.content[:KEPT_BYTES])
 
 
@@ -245,5 +245,5 @@ def _encode(prompt: str | Messages, encoder: Encoder) -> tuple[int, ...]:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template may raise anything: it is a program of its own
         reason = f"the chat template refuses it: {' '.join(str(error).split())}"
-        raise _BadRecord("chat template", reason) from None
+        raise BadRecord(reason, "chat template") from None
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

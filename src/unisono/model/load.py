@@ -19,8 +19,11 @@ def load_model(
     seed: int,
     sequence_length: int,
     gradient_checkpointing: bool = False,
+    score: bool = False,
 ) -> "PreTrainedModel":
     """A float32 model in training mode on the CPU; new weights are a function of `seed`.
+
+    `score`: a trained model with a head of one output, for rewards, instead of its language head.
 
     Raises ConfigError: unknown architecture or field, no such model, a context that is too short.
     """
@@ -29,7 +32,13 @@ def load_model(
 
     logging.disable_progress_bar()  # for weights that load in milliseconds, and in every checkpoint
     torch.manual_seed(seed)
-    loaded = _new(model, tokenizer) if isinstance(model, dict) else _pretrained(model)
+    if isinstance(model, dict):
+        loaded = _new(model, tokenizer)
+    else:
+        loaded = _pretrained(model, score)
+    if score:  # the head looks at the last token that is no padding
+        padding = tokenizer.pad_token_id
+        loaded.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
     context = getattr(loaded.config, "max_position_embeddings", None)
     if context is not None and sequence_length > context:
         raise ConfigError(
@@ -67,13 +76,18 @@ def _new(fields: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> "PreTr
         raise ConfigError(f"model: a {model_type} cannot be built: {_line(error)}") from None
 
 
-def _pretrained(name: str) -> "PreTrainedModel":
+def _pretrained(name: str, score: bool) -> "PreTrainedModel":
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    local = Path(name).is_dir()
     try:
+        if score:
+            return AutoModelForSequenceClassification.from_pretrained(
+                name, num_labels=1, dtype=torch.float32, local_files_only=local
+            )
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, local_files_only=Path(name).is_dir()
+            name, dtype=torch.float32, local_files_only=local
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -8,12 +8,13 @@ micro-batch's where that is smaller: as long as that is the same, so are the bit
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from unisono.data.blocks import Batch, Blocks
+from unisono.data.pairs import Samples
 from unisono.mesh import Mesh
 from unisono.sync.ledger import Group
 from unisono.train.objective import Measured, flat, means
@@ -38,8 +39,8 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    blocks: Blocks,
-    measure: Callable[[Batch], Measured],
+    blocks: Samples,
+    measure: Callable[[Any], Measured],
     group: Group,
     *,
     batch_rows: int,

@@ -128,7 +128,7 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     alone_s = plan.accumulation * (passes.forward_s + passes.backward_s) + passes.optimizer_s
     if baseline:
         alone_s = plan.accumulation * baseline.alone_s + step.optimizer
-    tokens = plan.global_batch_size * plan.sequence_length
+    tokens = plan.global_batch_size * plan.sample_tokens
     return Forecast(
         step,
         tokens / step.total,

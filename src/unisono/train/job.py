@@ -16,9 +16,10 @@ import torch
 
 from unisono.attention.choose import Choice, choose
 from unisono.config import AttentionConfig, Config
-from unisono.data.blocks import Batch, Blocks
+from unisono.data.blocks import read_index
 from unisono.data.examples import examples
 from unisono.data.order import Order
+from unisono.data.pairs import Pairs, Samples
 from unisono.data.prepare import Prepared, prepare
 from unisono.data.prompts import PreparedPrompts, Prompts, prepare_prompts
 from unisono.data.show import masks
@@ -44,7 +45,10 @@ from unisono.train.context import Parts, asked_attention, make_parts, with_conte
 from unisono.train.known import find_probe, link_of
 from unisono.train.objective import Measured, Objective, causal_lm, target_tokens
 from unisono.train.online import Online, OnlineFeed, make_online, policy_of
-from unisono.train.rewards import load_rewards
+from unisono.train.preference import preference
+from unisono.train.reference import reference_of, with_reference
+from unisono.train.reward import reward
+from unisono.train.reward_funcs import load_rewards
 from unisono.train.state import load_optimizer, optimizer_factory
 from unisono.train.step import Feed
 from unisono.train.stopping import Stop
@@ -63,7 +67,10 @@ AMPLE = 0.25
 """Of the free memory may go to weights, gradients and optimizer before shards are for memory's sake."""
 TUNED = "tuned"
 """In the cache folder: sizes of buckets that were found."""
-SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism", "lora", "grpo")
+SAME_RUN = (
+    "seed", "global_batch_size", "sequence_length", "optim", "determinism", "lora", "dpo", "reward",
+    "grpo",
+)  # fmt: skip
 """Fields that a resumed run must share with its checkpoint to be the same run."""
 
 
@@ -95,8 +102,8 @@ class Job:
     tokenizer: "PreTrainedTokenizerFast"
     model: "PreTrainedModel"
     prepared: Prepared | PreparedPrompts
-    train_blocks: Blocks | Prompts
-    eval_blocks: Blocks | Prompts
+    train_blocks: Samples | Prompts
+    eval_blocks: Samples | Prompts
     order: Order
     objective: Objective
     sync: Strategy
@@ -124,7 +131,7 @@ class Job:
             return OnlineFeed(
                 self.train_blocks, self.order, self.plan, self.config.seed, self.online
             )
-        assert isinstance(self.train_blocks, Blocks)
+        assert not isinstance(self.train_blocks, Prompts)
         return Feed(self.train_blocks, self.order, self.plan, self.config.seed)
 
     @property
@@ -142,9 +149,9 @@ class Job:
         if self.online:
             length = list(self.objective.metrics).index("completions/mean_length")
             return int(outcome.sums[2 * length])
-        return len(self.plan.positions(self.progress.step)) * self.plan.sequence_length
+        return len(self.plan.positions(self.progress.step)) * self.plan.sample_tokens
 
-    def measure(self, batch: Batch) -> Measured:
+    def measure(self, batch: Any) -> Measured:
         """The objective of `batch`, or of this rank's part of its sequences."""
         model, device, bf16 = self.sync.model, self.world.device, self.config.bf16
         if self.parts is None:
@@ -168,6 +175,7 @@ def set_up(
     mesh = mesh_of(config, world.size)
     _refuse_lora(config, mesh)
     _refuse_grpo(config, mesh)
+    _refuse_pairs(config, mesh)
     objective = make_objective(config)
     _same_threads(votes, screen)
     run = Path(config.output_dir)
@@ -177,6 +185,11 @@ def set_up(
     tokenizer, prepared = _prepare_data(config, world, screen, ledger, run, made_by)
     train_blocks, eval_blocks = prepared.blocks("train"), prepared.blocks("eval")
     found = _find_checkpoint(config, run, _identity(prepared), world, votes, screen)
+    if config.dpo is not None and not config.dpo.reference_free:
+        assert isinstance(prepared, Prepared)
+        train_blocks, eval_blocks = _with_reference(
+            config, mesh, world, screen, ledger, tokenizer, prepared, (train_blocks, eval_blocks)
+        )
 
     def build_model() -> "tuple[PreTrainedModel, Choice, Any]":
         model = load_model(
@@ -185,11 +198,20 @@ def set_up(
             seed=config.seed,
             sequence_length=config.sequence_length,
             gradient_checkpointing=config.gradient_checkpointing,
+            score=config.reward is not None,
         )
+        if config.wants_pairs:
+            _without_dropout(model)
         check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
         if config.lora is not None:
             wanted = config.lora.model_dump()
-            model = adapter.attach(model, wanted, config.seed, found.path if found else None)
+            model = adapter.attach(
+                model,
+                wanted,
+                config.seed,
+                found.path if found else None,
+                score=config.reward is not None,
+            )
         policy = policy_of(model) if config.grpo else None  # before anything is hooked
         return model, choose(model, asked_attention(config, mesh), world.device), policy
 
@@ -224,6 +246,8 @@ def set_up(
         gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
         train_samples=len(train_blocks),
         eval_samples=len(eval_blocks),
+        sample_rows=2 if config.wants_pairs else 1,
+        row_tokens=_row_tokens(prepared) if config.wants_pairs else 0,
         divided=division.divided if division else Divided(),
         once=_kept(model) if config.sync == "sharded" else 0.0,
         attention=(attention.name, attention.reason),
@@ -298,6 +322,11 @@ def set_up(
 def make_objective(config: Config) -> Objective:
     """What `config` asks to minimise."""
 
+    if config.dpo is not None:
+        return preference(config.dpo)
+    if config.reward is not None:
+        return reward(config.reward)
+
     def language(model: Any, batch: Any, device: str, bf16: bool) -> Measured:
         return Measured(causal_lm(model, batch, device, bf16), target_tokens(batch))
 
@@ -341,6 +370,11 @@ def _refuse_grpo(config: Config, mesh: Mesh) -> None:
     """Where completions cannot be drawn as asked."""
     if config.grpo is None:
         return
+    for name in ("dpo", "reward"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name}: found with grpo; a run has one objective: leave one of them out"
+            ).on_every_rank()
     apart = [a for a in ("shard", "context", "tensor") if getattr(mesh, a) > 1]
     if config.sync == "sharded" or apart:
         what = "sync: found sharded" if config.sync == "sharded" else f"mesh.{apart[0]}: found {getattr(mesh, apart[0])}"  # fmt: skip
@@ -358,6 +392,75 @@ def _refuse_grpo(config: Config, mesh: Mesh) -> None:
             f"data.packing: found {config.data.packing} with grpo; prompts and completions are not packed: "
             f"leave it out"
         ).on_every_rank()
+
+
+def _refuse_pairs(config: Config, mesh: Mesh) -> None:
+    """Where preference pairs cannot be trained on as asked."""
+    name = "dpo" if config.dpo is not None else "reward"
+    for axis, size in (("context", mesh.context), ("tensor", mesh.tensor)):
+        if config.wants_pairs and size > 1:
+            raise ConfigError(
+                f"mesh.{axis}: found {size} with {name}, whose answers are scored whole by each rank; "
+                f"write mesh.{axis}: 1"
+            ).on_every_rank()
+
+
+def _with_reference(
+    config: Config,
+    mesh: Mesh,
+    world: World,
+    screen: Screen,
+    ledger: Ledger,
+    tokenizer: "PreTrainedTokenizerFast",
+    prepared: Prepared,
+    splits: tuple[Samples | Prompts, Samples | Prompts],
+) -> tuple[Samples, Samples]:
+    """Collective: both splits with the log-probabilities of the model as it was."""
+    from unisono.evaluate.model import find
+
+    patient = Group("reference", Ledger(whereabouts=ledger.whereabouts), PREPARATION_TIMEOUT_S)
+    model = str(config.model)
+
+    def load() -> "PreTrainedModel":
+        loaded = load_model(
+            model, tokenizer, seed=config.seed, sequence_length=config.sequence_length
+        )
+        choose(loaded, asked_attention(config, mesh), world.device)
+        return loaded
+
+    source = attempt(patient, lambda: find(model), world.is_main)
+    made_from = {
+        "model": source.digest if source else "",
+        "dtype": "bfloat16" if config.bf16 else "float32",
+        "attention": str(config.attention),
+        "device": world.device.split(":")[0],
+    }
+    own = prepared.eval_folder
+    folders = [prepared.folder, own] if own else [prepared.folder]
+    values = [
+        reference_of(
+            folder, {**made_from, "data": folder.name}, cache_folder(), load, patient, world.device,
+            config.bf16, lambda share: screen.preparing("reference", share),
+        )
+        for folder in folders
+    ]  # fmt: skip
+    train, evaluation = splits
+    assert isinstance(train, Pairs) and isinstance(evaluation, Pairs)
+    return with_reference(train, values[0]), with_reference(evaluation, values[-1])
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Two answers are compared, with one another and with a reference, under the same network; as TRL has
+    it. What `lora.dropout` asks for comes later and stays."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def _row_tokens(prepared: Prepared | PreparedPrompts) -> int:
+    """Mean of an answer with its prompt."""
+    assert isinstance(prepared, Prepared)
+    return max(1, round(prepared.num_tokens / read_index(prepared.folder).num_blocks))
 
 
 def _share_adapters(model: torch.nn.Module, votes: Group) -> None:
@@ -501,7 +604,7 @@ def _pass(
     world: World,
     objective: Objective,
     model: torch.nn.Module,
-    blocks: Blocks | Prompts,
+    blocks: Samples | Prompts,
     rows: int,
 ) -> None:
     batch = blocks.read([i % len(blocks) for i in range(rows)])

@@ -21,7 +21,6 @@ from unisono import __version__
 from unisono.clock import PHASES, STEP_PHASES
 from unisono.config import Config
 from unisono.data import ledger as sample_ledger
-from unisono.data.blocks import Blocks
 from unisono.data.prompts import Prompts
 from unisono.errors import CheckpointError, Stopped
 from unisono.files import JsonLines, RunLock, truncate_after, up_to, write_json
@@ -327,7 +326,11 @@ class Log:
                 **self._use(window),
                 comm__exposed_fraction=spent["communication"] / total,
                 comm__waiting_fraction=spent["waiting"] / total,
-                **({} if job.online else batch_advice.metrics(job.noise.scale(), plan, progress.tokens)),
+                **(
+                    {}
+                    if job.online
+                    else batch_advice.metrics(job.noise.scale(), plan, progress.tokens)
+                ),
                 **{f"time__{p}_s": seconds for p, seconds in spent.items()},
             )
             self._window = _Window(phases_before=phases)
@@ -344,7 +347,7 @@ class Log:
         """Of memory, and of the peak where there is a known one."""
         found = {"perf__memory_bytes": float(memory_bytes(self.job.world.device))}
         if self.peak.flops and not self.job.online:
-            length = self.job.plan.sequence_length
+            length = self.job.plan.row_tokens
             done = self.flops.model(window.tokens // length, length) / window.seconds
             found["perf__mfu"] = done / self.job.world.size / self.peak.flops
         return found
@@ -374,7 +377,7 @@ class Log:
         seconds = job.ledger.clock.read()
         table = job.votes.each(*(seconds.get(p, 0.0) for p in PHASES))
         by_rank = [dict(zip(PHASES, row, strict=True)) for row in table.tolist()]
-        rows, length = plan.global_batch_size, plan.sequence_length
+        rows, length = plan.global_batch_size * plan.sample_rows, plan.row_tokens
         model, hardware = self.flops.model(rows, length), self.flops.hardware(rows, length)
         if job.world.device != "cpu":
             by_rank = [with_recomputation(s, 1 - model / hardware) for s in by_rank]
@@ -436,7 +439,7 @@ def _evaluate(job: Job, log: Log) -> bool:
     job.sync.settle()
     if job.online:
         return _evaluate_prompts(job, job.online, log)
-    assert isinstance(job.eval_blocks, Blocks)
+    assert not isinstance(job.eval_blocks, Prompts)
     result = evaluate(
         job.model,
         job.eval_blocks,

@@ -34,7 +34,7 @@ from unisono.model.load import load_model
 from unisono.sync.ledger import Group
 from unisono.train.objective import Objective, flat, means
 from unisono.train.policy import advantages, log_probabilities, make_objective, names
-from unisono.train.rewards import Reward
+from unisono.train.reward_funcs import Reward
 from unisono.train.rollout import Completion, Sampling, complete, draws
 from unisono.train.step import Feed
 from unisono.train.together import attempt

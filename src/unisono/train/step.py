@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from unisono.data.blocks import Batch, Blocks
 from unisono.data.order import Order
+from unisono.data.pairs import Samples
 from unisono.observe.arrival import Stamps
 from unisono.observe.noise import Meter
 from unisono.plan import Plan
@@ -19,7 +20,8 @@ from unisono.train.objective import Measured, flat
 from unisono.train.trial import is_out_of_memory
 from unisono.train.vote import FAILED, FINE, OUT_OF_MEMORY, Ballot, Outcome, pack, unpack
 
-Measure = Callable[[Batch], Measured]
+Measure = Callable[[Any], Measured]
+"""Of a batch, as the samples are read."""
 
 SLOW_STEP_S = 1.0
 """When steps take longer, a signal is also looked for between micro-batches."""
@@ -29,7 +31,7 @@ SLOW_STEP_S = 1.0
 class Feed:
     """Which samples a micro-batch holds: a pure function of step and micro-batch."""
 
-    blocks: Blocks
+    blocks: Samples
     order: Order
     plan: Plan
     seed: int
@@ -44,7 +46,7 @@ class Feed:
         """What this rank must make before it can read `leaves`; what it cost, in rows of one token."""
         return 0.0
 
-    def batch(self, step: int, leaf: int) -> Batch:
+    def batch(self, step: int, leaf: int) -> Any:
         """The micro-batch. An empty one is a row without targets, so that every rank computes."""
         samples = self.samples(step, leaf)
         if len(samples):
