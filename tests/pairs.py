@@ -7,6 +7,8 @@ from pathlib import Path
 from jobs import job_fields, write_corpus
 from unisono import config as config_module
 from unisono.config import Config, DataConfig, TokenizerConfig
+from unisono.data.pairs import Pairs
+from unisono.data.prepare import prepare
 
 LEXICON = ["hark", "the", "king", "is", "dead", "long", "live", "a", "rose", "by", "any", "other"]
 
@@ -71,3 +73,30 @@ def pair_fields(model: Path, data: Path, output_dir: Path, **changes: object) ->
 
 def make_pair_job(model: Path, data: Path, output_dir: Path, **changes: object) -> Config:
     return config_module.parse(pair_fields(model, data, output_dir, **changes))
+
+
+def load(model: Path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return loaded, AutoTokenizer.from_pretrained(model)
+
+
+def read_pairs(model: Path, data: Path, folder: Path, **changes: object) -> Pairs:
+    asked = config_module.parse({
+        "model": str(model), "output_dir": "unused", "sequence_length": 128, "dpo": {},
+        "data": {"path": str(data), "eval_fraction": 0}, **changes,
+    })  # fmt: skip
+    _, tokenizer = load(model)
+    found = prepare(asked, tokenizer, folder / "cache", folder / "quarantine.jsonl").blocks("train")
+    assert isinstance(found, Pairs)
+    return found
+
+
+def apart(place: Path) -> dict:
+    return {"join": False, "env": {"XDG_CACHE_HOME": str(place / "cache")}}
+
+
+def rows(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

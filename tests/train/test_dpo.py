@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from jobs import run
-from pairs import make_pair_job, pairs, write_model, write_pairs
+from pairs import apart, load, make_pair_job, pairs, read_pairs, rows, write_model, write_pairs
 from ranks import run_ranks
-from unisono.config import DpoConfig, parse
-from unisono.data.pairs import Pairs
-from unisono.data.prepare import prepare
+from unisono.config import DpoConfig
 from unisono.train import reference
 from unisono.train.preference import log_probabilities, pair_losses, preference
 
@@ -26,24 +24,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder)
     write_pairs(folder / "pairs.jsonl", pairs(90))
     return folder
-
-
-def load(model: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return loaded, AutoTokenizer.from_pretrained(model)
-
-
-def read_pairs(model: Path, data: Path, folder: Path, **changes: object) -> Pairs:
-    _, tokenizer = load(model)
-    asked = parse({
-        "model": str(model), "output_dir": "unused", "sequence_length": 128, "dpo": {},
-        "data": {"path": str(data), "eval_fraction": 0}, **changes,
-    })  # fmt: skip
-    found = prepare(asked, tokenizer, folder / "cache", folder / "quarantine.jsonl").blocks("train")
-    assert isinstance(found, Pairs)
-    return found
 
 
 # --- the formulas
@@ -191,20 +171,12 @@ class Alone:
 # --- whole runs
 
 
-def apart(place: Path) -> dict:
-    return {"join": False, "env": {"XDG_CACHE_HOME": str(place / "cache")}}
-
-
 def finish(place: Path, output: Path, size: int, **changes: object) -> dict:
     fields = {"determinism": "strict", "max_steps": 6, "micro_batch_size": 1, **changes}
     config = make_pair_job(place / "model", place / "pairs.jsonl", output, **fields)
     ends = run_ranks(run, size, config, **apart(place))
     assert all(end == "done" for end, _, _ in ends), ends
     return json.loads((output / "receipt.json").read_text())
-
-
-def rows(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])

@@ -78,14 +78,12 @@ def _new(fields: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> "PreTr
 
 def _pretrained(name: str, score: bool) -> "PreTrainedModel":
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM
 
     local = Path(name).is_dir()
     try:
         if score:
-            return AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, dtype=torch.float32, local_files_only=local
-            )
+            return _scorer(name, local)
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, local_files_only=local
         )
@@ -94,6 +92,30 @@ def _pretrained(name: str, score: bool) -> "PreTrainedModel":
             f"model: cannot load {name!r}: {_line(error)}; give a directory that save_pretrained "
             f"wrote, or a hub name"
         ) from None
+
+
+def _scorer(name: str, local: bool) -> "PreTrainedModel":
+    """With a head of one output, new where the model has none; everything else must be there."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the language head goes and the new one is new is no news
+    try:
+        model, told = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=1,
+            dtype=torch.float32,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    weights = dict(model.named_parameters())
+    if lost := [key for key in told["missing_keys"] if key in weights and len(weights[key]) > 1]:
+        raise ConfigError(f"model: {name!r} has no weights for {lost[0]}, beside the new head")
+    return model
 
 
 def _line(error: object) -> str:
