@@ -64,7 +64,9 @@ def test_shares_sum_to_one_and_gains_are_against_the_steps() -> None:
 
 def test_every_line_has_advice_with_a_field_and_a_value() -> None:
     asked = config(learning_rate=1e-3)
-    advice = advise(receipt(recomputation=1.0, imbalance=1.0, generation=1.0).shares, [], asked, plan_of(asked))
+    advice = advise(
+        receipt(recomputation=1.0, imbalance=1.0, generation=1.0).shares, [], asked, plan_of(asked)
+    )
     assert {a["what"] for a in advice} == set(PHASES) - {"compute"}
     gains = [a["gain"] for a in advice]
     assert gains == sorted(gains, reverse=True)

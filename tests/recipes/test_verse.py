@@ -41,7 +41,7 @@ def test_a_speech_is_worth_its_lines() -> None:
 def test_what_does_not_pay() -> None:
     assert score("\n".join([TEN[0]] * 4) + "\n\n") == 0.25, "the same line again"
     assert score("\n".join(TEN) + "\n\n", PROMPT + TEN[0] + "\n") == 0.75, "the prompt's line"
-    assert score("ba ba ba ba ba ba ba ba ba ba\n\n") == 0.0, "words that nobody knows"
+    assert score("zu zu zu zu zu zu zu zu zu zu\n\n") == 0.0, "words that nobody knows"
     assert score("") == score("\n\n" + "\n".join(TEN)) == 0.0, "no speech"
     assert score("\n".join(TEN * 3) + "\n\n") == 1.0, "more of it"
 

@@ -112,8 +112,9 @@ def test_a_model_scores_prompt_and_completion(tmp_path: Path) -> None:
     assert judge.name == "judge"
     found = judge("the cat", [" sat", " did not sit on the mat", ""], {"unused": 1}, "")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    for text, value in zip(("the cat sat", "the cat did not sit on the mat", "the cat"), found):
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    for said, value in zip((" sat", " did not sit on the mat", ""), found):
+        parts = tokenizer(["the cat", said], add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[*parts[0], *parts[1], tokenizer.eos_token_id]])
         with torch.no_grad():
             assert value == pytest.approx(float(model(ids).logits[0, 0]), abs=1e-6)
     talk = [{"role": "user", "content": "cat?"}]

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from unisono.data.encode import make_encoder
 from unisono.errors import ConfigError, UnisonoError
 
 FIELD = "grpo.reward_funcs"
@@ -155,15 +156,20 @@ def _model(spec: str, device: str) -> Reward:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
 
+    prefix, end = make_encoder(tokenizer).prefix, tokenizer.eos_token_id
+
+    def ids(prompt: Any, completion: Any) -> list[int]:
+        """As reward models are trained: texts begin and end as documents do, chats as their template says."""
+        if not isinstance(prompt, str):
+            text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        parts = tokenizer([prompt, completion], add_special_tokens=False)["input_ids"]
+        return [*prefix, *parts[0], *parts[1], end]
+
     @torch.no_grad()
     def score(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        texts = [
-            p + c if isinstance(p, str) else tokenizer.apply_chat_template([*p, *c], tokenize=False)
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-        batch = tokenizer(
-            texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
-        )
+        rows = [{"input_ids": ids(p, c)} for p, c in zip(prompts, completions, strict=True)]
+        batch = tokenizer.pad(rows, padding_side="right", return_tensors="pt")
         longest, context = batch["input_ids"].shape[1], model.config.max_position_embeddings
         if longest > context:
             raise ValueError(f"a text of {longest} tokens, beyond the reward model's {context}")
