@@ -349,6 +349,46 @@ def test_it_learns_what_is_rewarded_and_says_where_the_time_went(
     assert set(rows[0]) >= {"prompt", "completion", "reward", "rewards", "advantage", "ended"}
 
 
+def slow_on_rank_1(world) -> None:
+    """Its rewards take 50 ms a prompt, and ranks vote between micro-batches as in slow steps."""
+    import time
+
+    from unisono.train import online, step
+
+    step.SLOW_STEP_S = 0.0
+    plain = online.Online._rewarded
+
+    def slowly(self, *given):
+        if world.rank == 1:
+            time.sleep(0.05)
+        return plain(self, *given)
+
+    online.Online._rewarded = slowly
+
+
+def test_who_waits_for_another_ones_generation_is_waiting(place: Path, tmp_path: Path) -> None:
+    env = {"XDG_CACHE_HOME": str(place / "cache")}
+    ends = run_ranks(run, 2, job(place, tmp_path), slow_on_rank_1, join=False, env=env)
+    assert [end for end, _, _ in ends] == ["done", "done"]
+    first, second = json.loads((tmp_path / "receipt.json").read_text())["seconds_by_rank"]
+    slept = 6 * 4 * 0.05
+    assert second["generation"] >= slept
+    assert first["waiting"] + first["imbalance"] + first["communication"] > 0.5 * slept
+    assert first["waiting"] + first["imbalance"] > first["other"] + first["communication"]
+
+
+def test_a_reward_model_of_ours_judges(place: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"say {k}", "chosen": "ab", "rejected": "the king"} for k in range(20)]
+    write(tmp_path / "pairs.jsonl", pairs)
+    changes = {"grpo": None, "reward": {}, "data": {"path": str(tmp_path / "pairs.jsonl")}}
+    trained = job(place, tmp_path / "judge").model_dump(mode="json") | changes
+    env = {"XDG_CACHE_HOME": str(place / "cache")}
+    end, _, _ = run_ranks(run, 1, parse(trained), join=False, env=env)[0]
+    assert end == "done"
+    finish(place, tmp_path / "run", 2, {"reward_funcs": str(tmp_path / "judge")}, max_steps=2)
+    assert len(set(metrics(tmp_path / "run", "train/rewards/judge/mean"))) == 2
+
+
 # --- what goes wrong
 
 

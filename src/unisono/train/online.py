@@ -127,6 +127,10 @@ class Online:
     """Prompts of a batch, where memory has run out with more."""
 
     @property
+    def strict(self) -> bool:
+        return self.config.determinism == "strict"
+
+    @property
     def objective(self) -> Objective:
         asked = self.config.grpo
         assert asked is not None
@@ -135,10 +139,9 @@ class Online:
     def begin(self, step: int, of: Mapping[int, Sequence[tuple[int, Prompt]]], each: int) -> float:
         """Draw and reward the micro-batches `of`, each (position in the run, prompt); what it cost."""
         self._batches, self.shown = {}, []
-        strict = self.config.determinism == "strict"
         cost = 0.0
         with self.clock("generation"):
-            for leaves in [[leaf] for leaf in of] if strict else [list(of)]:
+            for leaves in [[leaf] for leaf in of] if self.strict else [list(of)]:
                 rows = [row for leaf in leaves for row in of[leaf]]
                 drawn, spent = self.draw(rows, TRAINING, each, f"step {step + 1}")
                 cost += spent
@@ -164,11 +167,10 @@ class Online:
                 with self._autocast():
                     drawn, spent = complete(
                         self.policy, [p.ids for _, p in some], draws(keys, self.how.most), self.how,
-                        self.device,
+                        self.device, _keeps(self.policy),
                     )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
-                strict = self.config.determinism == "strict"
-                if strict or len(some) == 1 or not is_out_of_memory(error):
+                if self.strict or len(some) == 1 or not is_out_of_memory(error):
                     raise
                 self._most = -(-len(some) // 2)
                 continue
@@ -273,7 +275,9 @@ class Online:
             yield self.reference if own else self.policy
 
     def _fitting(self, items: Sequence[Prompt], each: int) -> int:
-        """Prompts whose keys and values fit into memory, at most."""
+        """Prompts whose keys and values fit into memory, at most; all in strict mode, whose batches are fixed."""
+        if self.strict:
+            return len(items)
         free = psutil.virtual_memory().available // self.neighbours
         if self.device != "cpu":
             free = torch.cuda.mem_get_info(self.device)[0]

@@ -61,11 +61,13 @@ def complete(
     numbers: npt.NDArray[np.float64],
     how: Sampling,
     device: str = "cpu",
+    keeps: bool = True,
 ) -> tuple[list[Completion], float]:
     """Completions of each prompt in order, as many for each as there are rows of `numbers` for it; and
     what they cost, in rows of one token.
 
-    `model`: a causal model in evaluation mode with a cache, which sees masks. `numbers`: [rows, most].
+    `model`: a causal model in evaluation mode with a cache, which sees masks; `keeps`: it takes
+    logits_to_keep. `numbers`: [rows, most].
     """
     repeats = len(numbers) // len(prompts)
     width = max(map(len, prompts))
@@ -76,9 +78,9 @@ def complete(
         mask[row, width - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
+    some: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
     out = model(
-        input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, use_cache=True,
-        logits_to_keep=1,
+        input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, use_cache=True, **some
     )  # fmt: skip
     cache = out.past_key_values
     cache.batch_repeat_interleave(repeats)

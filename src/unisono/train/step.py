@@ -116,7 +116,10 @@ def take_step(
     sync.parts.begin(measure=noise.due() and plan.mesh.inner == 1)
     for k in range(plan.accumulation):
         if slow:
-            asked, failed = votes.sum(float(stop()), float(ballot.trouble != FINE))
+            with clock(
+                "communication"
+            ):  # where one waits here for another's completions, it is told
+                asked, failed = votes.sum(float(stop()), float(ballot.trouble != FINE))
             if failed:
                 break
             if asked:
