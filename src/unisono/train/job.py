@@ -655,9 +655,10 @@ def _check_same_run(config: Config, found: checkpoint.Manifest, data: dict[str, 
                 f"{name}: found {now!r}, but {found.path} was trained with {then!r}; write "
                 f"{name}={then!r} to go on, or another output_dir to start anew"
             )
-    if config.lora is not None and before["model"] != config.model:
+    if (config.lora or config.dpo) and before["model"] != config.model:
+        what = "holds adapters of" if config.lora else "was compared with"
         raise ConfigError(
-            f"model: found {config.model!r}, but {found.path} holds adapters of {before['model']!r}; "
+            f"model: found {config.model!r}, but {found.path} {what} {before['model']!r}; "
             f"restore it to go on, or choose another output_dir to start anew"
         )
     if found.meta["data"] != data:
