@@ -415,6 +415,10 @@ _HINTS = {
     "save_strategy": "write save_steps: N",
     "run_name": "write output_dir",
     "optimizer": "write optim",
+    "beta": "write dpo: {beta: 0.1}",
+    "loss_type": "write dpo: {loss_type: sigmoid}",
+    "center_rewards_coefficient": "write reward: {center_rewards_coefficient: 0.01}",
+    "precompute_ref_log_probs": "leave it out: with dpo they always are",
 }
 
 

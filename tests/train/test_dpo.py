@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,10 @@ def test_a_resume_is_exact_and_another_dpo_is_refused(place: Path, tmp_path: Pat
     )  # fmt: skip
     end, _, _ = run_ranks(run, 1, other, **apart(place))[0]
     assert "dpo: found" in end and "'loss_type': 'ipo'" in end
+    shutil.copytree(place / "model", tmp_path / "elsewhere")
+    other = make_pair_job(tmp_path / "elsewhere", place / "pairs.jsonl", tmp_path / "part", max_steps=8, **fields)  # fmt: skip
+    end, _, _ = run_ranks(run, 1, other, **apart(place))[0]
+    assert "model: found" in end and "was compared with" in end
     assert finish(place, tmp_path / "part", 1, max_steps=8, **fields)["digest"] == whole["digest"]
 
 

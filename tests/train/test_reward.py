@@ -111,6 +111,18 @@ def test_replicas_equal_one_and_a_resume_is_exact(place: Path, tmp_path: Path) -
     assert other["digest"] != one["digest"], "the loss decides the weights"
 
 
+@pytest.mark.parametrize("sync", ["ddp", "sharded"])
+def test_other_strategies_give_the_same_model(sync: str, place: Path, tmp_path: Path) -> None:
+    changes = {"determinism": "default", "micro_batch_size": 4, "global_batch_size": 15, "learning_rate": 1e-4}  # fmt: skip
+    finish(place, tmp_path / "one", 1, **changes)
+    finish(place, tmp_path / sync, 2, sync=sync, **changes)
+    ours, theirs = rows(tmp_path / sync), rows(tmp_path / "one")
+    for name in ("eval/loss", "eval/accuracy", "eval/margin"):
+        a = next(r[name] for r in reversed(ours) if name in r)
+        b = next(r[name] for r in reversed(theirs) if name in r)
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4), name
+
+
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_what_is_saved_loads_again_and_scores_as_in_training(
     lora: dict | None, place: Path, tmp_path: Path

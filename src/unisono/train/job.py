@@ -719,11 +719,12 @@ def _check_same_run(config: Config, found: checkpoint.Manifest, data: dict[str, 
                 f"{name}: found {now!r}, but {found.path} was trained with {then!r}; write "
                 f"{name}={then!r} to go on, or another output_dir to start anew"
             )
-    compared = config.grpo is not None and config.grpo.beta > 0
-    if (config.lora is not None or compared) and before["model"] != config.model:
-        held = "holds adapters of" if config.lora is not None else "is compared with"
+    compared = config.dpo or (config.grpo and config.grpo.beta)
+    if (config.lora or compared) and before["model"] != config.model:
+        what = "holds adapters of" if config.lora else "was compared with"
         raise ConfigError(
-            f"model: found {config.model!r}, but {found.path} {held} {before['model']!r}; restore it to go on, or choose another output_dir to start anew"
+            f"model: found {config.model!r}, but {found.path} {what} {before['model']!r}; "
+            f"restore it to go on, or choose another output_dir to start anew"
         )
     if found.meta["data"] != data:
         raise ConfigError(
