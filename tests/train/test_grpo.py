@@ -442,6 +442,14 @@ def test_fields_that_contradict() -> None:
         assert reason in str(caught.value)
 
 
+def test_a_plan_does_not_foretell_completions() -> None:
+    from unisono.forecast.ask import configuration
+
+    with pytest.raises(ConfigError, match="how long completions will be is not known"):
+        configuration("shakespeare-grpo", [])
+    assert configuration("shakespeare-grpo", ["grpo=null"]).grpo is None
+
+
 def test_memory_that_runs_out_makes_smaller_batches(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
