@@ -62,16 +62,16 @@ def inject(world, kind: str, culprit: int) -> None:
     from unisono.train.job import Job
     from unisono.train.step import Feed
 
-    loss_sum, batch = Job.loss_sum, Feed.batch
+    measure, batch = Job.measure, Feed.batch
 
     def slow(job, rows):
         began = time.perf_counter()
-        loss = loss_sum(job, rows)
+        found = measure(job, rows)
         # The backward pass takes twice as long as the forward pass.
         until = time.perf_counter() + 3 * SLOWER * (time.perf_counter() - began)
         while time.perf_counter() < until:
             pass
-        return loss
+        return found
 
     def late(feed, step, leaf):
         time.sleep(LATER_S)
@@ -87,7 +87,7 @@ def inject(world, kind: str, culprit: int) -> None:
         return Batch(*map(stretched, (rows.input_ids, rows.labels, rows.position_ids)), packed=True)
 
     if kind == "slow rank":
-        Job.loss_sum = slow
+        Job.measure = slow
     elif kind == "slow loader":
         Feed.batch = late
     elif kind == "uneven load":

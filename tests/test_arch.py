@@ -105,6 +105,8 @@ DOWNWARDS = {
         "files",
         "world",
         "evaluate",
+        "data.preferences",
+        "data.problems",
         "sync.ledger",
         "train.checkpoint",
         "train.together",

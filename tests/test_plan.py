@@ -393,23 +393,25 @@ def test_votes_add_up_to_every_ranks_part(size: int, accumulation: int, data) ->
     ballots = [
         Ballot(
             losses=data.draw(st.lists(number, min_size=accumulation, max_size=accumulation)),
-            tokens=data.draw(
+            counts=data.draw(
                 st.lists(st.integers(0, 10**6), min_size=accumulation, max_size=accumulation)
             ),
             stop=data.draw(st.booleans()),
             trouble=data.draw(st.sampled_from([FINE, FAILED])),
             period=Period(*data.draw(st.lists(number, min_size=len(NAMES), max_size=len(NAMES)))),
+            sums=data.draw(st.lists(number, min_size=4, max_size=4)),
         )
         for _ in range(size)
     ]
     packed = [pack(b, r, size, leaves, r * leaves // size) for r, b in enumerate(ballots)]
     outcome = unpack([math.fsum(v) for v in zip(*packed, strict=True)], size, leaves)
     assert outcome.losses == [x for b in ballots for x in b.losses]
-    assert outcome.tokens == sum(t for b in ballots for t in b.tokens)
+    assert outcome.count == sum(t for b in ballots for t in b.counts)
     assert outcome.stop == any(b.stop for b in ballots)
     assert outcome.trouble == [b.trouble for b in ballots]
     assert outcome.periods == [b.period for b in ballots]
     assert outcome.step_s == max(b.period.step for b in ballots)
+    assert outcome.sums == [math.fsum(s) for s in zip(*(b.sums for b in ballots), strict=True)]
 
 
 def test_a_rank_that_failed_half_way_spoils_nobody_elses_slots() -> None:
@@ -417,7 +419,7 @@ def test_a_rank_that_failed_half_way_spoils_nobody_elses_slots() -> None:
     torn = pack(Ballot([5.0], [6], trouble=FAILED), 1, 2, 4, 2)
     outcome = unpack([a + b for a, b in zip(whole, torn, strict=True)], 2, 4)
     assert outcome.losses == [1.0, 2.0, 5.0, 0.0]
-    assert outcome.tokens == 13
+    assert outcome.count == 13
     assert outcome.trouble == [FINE, FAILED]
 
 

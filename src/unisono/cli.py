@@ -306,6 +306,7 @@ def inspect_data(
     from unisono import config as config_module
     from unisono.data.examples import inspect
     from unisono.data.prepare import prepare
+    from unisono.data.prompts import prepare_prompts
     from unisono.data.show import show
     from unisono.data.tokenizer import load_tokenizer
     from unisono.world import cache_folder
@@ -315,6 +316,10 @@ def inspect_data(
         cache = cache_folder()
         tokenizer = load_tokenizer(asked.model, asked.tokenizer, asked.data, cache)
         quarantine = Path(folder) / "quarantine.jsonl"
+        if asked.grpo:
+            prompts = prepare_prompts(asked, tokenizer, quarantine)
+            print("\n".join((prompts.told(), *prompts.problems)))
+            return
         prepared = prepare(asked, tokenizer, cache, quarantine)
         found = inspect(asked, tokenizer, prepared, quarantine, examples)
     if json_output:

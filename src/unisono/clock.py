@@ -10,16 +10,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 STEP_PHASES = (
-    "compute", "recomputation", "communication", "waiting", "imbalance", "data", "optimizer", "other",
+    "compute", "recomputation", "generation", "communication", "waiting", "imbalance", "data", "optimizer",
+    "other",
 )  # fmt: skip
 """Of a step. compute: forward and backward; recomputation: forward again, in the backward pass;
-communication: exposed, this rank computes nothing meanwhile; waiting: for a slower rank; imbalance: for a
+generation: completions and their rewards; communication: exposed, this rank computes nothing meanwhile; waiting: for a slower rank; imbalance: for a
 rank that was given more; other: logging, digests, the loop itself."""
 PHASES = (*STEP_PHASES[:-1], "checkpoint", "evaluation", "other")
 """Those between steps too, in the order in which they are shown."""
 MEANING = {
     "compute": "forward and backward",
     "recomputation": "forward again, for memory",
+    "generation": "completions and rewards",
     "communication": "exposed: nothing else ran",
     "waiting": "for a slower replica",
     "imbalance": "for one with more work",

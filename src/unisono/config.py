@@ -103,6 +103,87 @@ class LoraConfig(_Section):
         return [value] if isinstance(value, str) and value != "all-linear" else value
 
 
+class GrpoConfig(_Section):
+    """Online tuning: completions of prompts are drawn, rewarded, and learned from (GRPO, RLOO). A sample
+    is then a prompt, so `global_batch_size` counts prompts."""
+
+    reward_funcs: Paths
+    """`file.py:function` or `package.module:function`, called as TRL does (prompts, completions, the
+    records' other fields; a number for each completion), or the directory of a reward model."""
+    reward_weights: tuple[float, ...] | None = None
+    """One for each of them; by default 1."""
+    num_generations: int = Field(8, ge=2)
+    """Completions of a prompt."""
+    num_generations_eval: int = Field(1, ge=1)
+    """Completions of a held-out prompt."""
+    max_completion_length: int = Field(256, ge=1)
+    """Tokens; with the prompt's they are at most `sequence_length`."""
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "rloo"] = "dapo"
+    """What a mean is of: `dapo`, all tokens; `grpo`, each completion's tokens, then completions; `dr_grpo`,
+    completions of a fixed length; `rloo`, whole completions against the others of their prompt."""
+    scale_rewards: Literal["group", "none"] | None = None
+    """`group`: advantages are divided by the deviation of the prompt's rewards; by default so, but for rloo."""
+    beta: float = Field(0.0, ge=0)
+    """Of the KL divergence to the model as it was before the run; 0 keeps none. rloo takes it off the reward."""
+    use_bias_correction_kl: bool = True
+    """Not for rloo: the KL's gradient counts that completions are drawn from the model."""
+    mask_truncated_completions: bool = False
+    """Completions that did not end are rewarded and compared, but not learned."""
+
+    @model_validator(mode="after")
+    def _weights_and_scale_fit(self) -> Self:
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"{len(self.reward_weights)} reward_weights for {len(self.reward_funcs)} reward_funcs; "
+                f"write one for each"
+            )
+        if self.loss_type == "rloo" and self.scale_rewards == "group":
+            raise ValueError("rloo compares rewards as they are; leave scale_rewards out")
+        return self
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each reward."""
+        return self.reward_weights or (1.0,) * len(self.reward_funcs)
+
+    @property
+    def scales(self) -> bool:
+        """Whether advantages are divided by a deviation."""
+        return self.loss_type != "rloo" and self.scale_rewards != "none"
+
+
+class DpoConfig(_Section):
+    """Direct preference optimization: answers that people prefer become more probable than the others,
+    compared with the model as it was."""
+
+    beta: float = Field(0.1, gt=0)
+    """How much a departure from the reference costs; 1 / (2 beta) is ipo's target."""
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """sigmoid: the share of pairs that are taken to be labelled the wrong way round (conservative DPO)."""
+    length_normalized: bool = False
+    """Log-probabilities per token of the answer (TRL: sigmoid_norm); ipo always does so."""
+    reference_free: bool = False
+    """Compare with nothing instead of with the model as it was."""
+
+    @model_validator(mode="after")
+    def _smoothing_is_of_sigmoid(self) -> Self:
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError("label_smoothing needs loss_type: sigmoid")
+        return self
+
+
+class RewardConfig(_Section):
+    """A reward model: one number for an answer, larger for those that people prefer."""
+
+    center_rewards_coefficient: float | None = Field(None, gt=0)
+    """Weight of (chosen + rejected)^2, which keeps rewards around zero."""
+    margin: float = Field(0.0, ge=0)
+    """By how much chosen is to be above rejected, for every pair."""
+
+
 class MeshConfig(_Section):
     """How the ranks divide: replica x shard x context x tensor; the product is all of them."""
 
@@ -175,6 +256,13 @@ class Config(_Section):
     """Tokens in a block (Hugging Face SFT: max_length)."""
     lora: LoraConfig | None = None
     """Train adapters of a model that stays as it is, for example {r: 8, alpha: 16}."""
+    grpo: GrpoConfig | None = None
+    """Tune on completions of prompts and their rewards instead of given text, for example
+    {reward_funcs: reward.py:score}."""
+    dpo: DpoConfig | None = None
+    """Tune on preference pairs, for example {beta: 0.1}; a sample is a pair of answers."""
+    reward: RewardConfig | None = None
+    """Train a reward model on preference pairs: a head with one output. `reward: {}` has the defaults."""
     strict_data: bool = False
     """Stop at the first bad record instead of putting it into quarantine."""
     output_dir: str
@@ -291,6 +379,26 @@ class Config(_Section):
             raise ValueError("an architecture needs model_type, for example llama")
         return value
 
+    @model_validator(mode="after")
+    def _one_objective(self) -> Self:
+        if not self.wants_pairs:
+            return self
+        name = "dpo" if self.dpo is not None else "reward"
+        if self.dpo is not None and self.reward is not None:
+            raise ValueError("write either dpo or reward")
+        if isinstance(self.model, dict):
+            raise ValueError(f"{name} tunes a trained model: name a model directory")
+        if self.data.packing != "auto":
+            raise ValueError(f"{name} has a row for each answer: leave data.packing out")
+        if self.reward is not None and self.sample_prompt is not None:
+            raise ValueError("a reward model writes no text: leave sample_prompt out")
+        return self
+
+    @property
+    def wants_pairs(self) -> bool:
+        """A sample is a preference pair."""
+        return self.dpo is not None or self.reward is not None
+
 
 _HINTS = {
     "per_device_train_batch_size": "global_batch_size counts the sequences of a step over all replicas",
@@ -307,6 +415,10 @@ _HINTS = {
     "save_strategy": "write save_steps: N",
     "run_name": "write output_dir",
     "optimizer": "write optim",
+    "beta": "write dpo: {beta: 0.1}",
+    "loss_type": "write dpo: {loss_type: sigmoid}",
+    "center_rewards_coefficient": "write reward: {center_rewards_coefficient: 0.01}",
+    "precompute_ref_log_probs": "leave it out: with dpo they always are",
 }
 
 
@@ -478,6 +590,9 @@ _ALL_FIELDS = {
         DataConfig,
         TokenizerConfig,
         LoraConfig,
+        GrpoConfig,
+        DpoConfig,
+        RewardConfig,
         MeshConfig,
         ContextConfig,
         AttentionConfig,

@@ -26,6 +26,8 @@ def fields() -> Iterator[FieldDoc]:
     yield from _of(classes["DataConfig"], "data.")
     yield from _of(classes["TokenizerConfig"], "tokenizer.")
     yield from _of(classes["LoraConfig"], "lora.")
+    yield from _of(classes["DpoConfig"], "dpo.")
+    yield from _of(classes["RewardConfig"], "reward.")
     yield from _of(classes["MeshConfig"], "mesh.")
     yield from _of(classes["ContextConfig"], "context.")
     yield from _of(classes["AttentionConfig"], "attention.")

@@ -39,6 +39,10 @@ class Facts:
     """Of the weights, the share that FSDP gathers for the forward pass and keeps for the backward pass."""
     attention: tuple[str, str] | None = None
     """Whose attention runs, and why (attention/choose.py)."""
+    sample_rows: int = 1
+    """Sequences of a sample: two of a preference pair."""
+    row_tokens: int = 0
+    """Of each of them, where they are not padded to `sequence_length`: the mean."""
     hides_whole: bool = False
     """Measured here: whole gradients travel in a small part of a step's compute, and memory is ample."""
 
@@ -61,6 +65,9 @@ class Plan:
     micro_batch_size: int
     """Rows of the largest micro-batch."""
     sequence_length: int
+    sample_rows: int
+    row_tokens: int
+    """Sequences of a sample, and tokens of each, on the mean; blocks have one of `sequence_length`."""
     samples: int
     """Positions of the whole run; the last step may be smaller than the others."""
     max_steps: int
@@ -82,6 +89,10 @@ class Plan:
     model_bytes: int
     """Weights, gradients, optimizer state and received gradients on each replica."""
     reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sample_tokens(self) -> int:
+        return self.sample_rows * self.row_tokens
 
     def rows(self, leaf: int) -> range:
         """Rows of the global batch that micro-batch `leaf` holds; sizes differ by one at most."""
@@ -137,6 +148,8 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
         accumulation=leaves // mesh.data,
         micro_batch_size=math.ceil(config.global_batch_size / leaves),
         sequence_length=config.sequence_length,
+        sample_rows=facts.sample_rows,
+        row_tokens=facts.row_tokens or config.sequence_length,
         samples=samples,
         max_steps=steps,
         epochs=samples / facts.train_samples,
@@ -368,12 +381,22 @@ def _buckets(plan: Plan) -> list[tuple[str, str, str]]:
     return [("buckets", f"{plan.bucket_mb:g} MiB", plan.reasons["bucket_mb"])]
 
 
+def _global_batch(plan: Plan, config: Config) -> str:
+    if config.grpo:
+        count = config.grpo.num_generations
+        return f"{plan.global_batch_size} prompts x {count} completions"
+    tokens = plan.global_batch_size * plan.sample_tokens
+    each = str(plan.sequence_length)
+    if plan.sample_rows > 1:
+        each = f"{plan.sample_rows} x about {plan.row_tokens}"
+    return f"{plan.global_batch_size} x {each} = {tokens:,} tokens"
+
+
 def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tuple[str, str, str]]:
     """(what, value, reason) rows of the table that is shown before the first step."""
     place = "CPU" if world.device == "cpu" else world.device.split(":")[0].upper()
     count = f"{world.threads} thread{'' if world.threads == 1 else 's'}"
     threads = f", {count} each" if world.device == "cpu" else ""
-    tokens = plan.global_batch_size * plan.sequence_length
     h = plan.hyper
     optimizer = f"lr {h.learning_rate:.4g}, weight decay {h.weight_decay:.3g}"
     if config.optim == "adamw":
@@ -385,7 +408,7 @@ def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tup
         *_mesh_row(plan),
         (
             "global batch",
-            f"{plan.global_batch_size} x {plan.sequence_length} = {tokens:,} tokens",
+            _global_batch(plan, config),
             f"{plan.mesh.data} {'replicas' if plan.mesh.data == plan.replicas else 'data ranks'} x "
             f"{plan.accumulation} micro-batches of up to "
             f"{plan.micro_batch_size}",

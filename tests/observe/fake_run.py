@@ -7,7 +7,7 @@ from typing import Any
 
 from unisono.clock import PHASES
 
-SHARES = (0.8, 0.0, 0.03, 0.05, 0.0, 0.01, 0.02, 0.01, 0.07, 0.01)
+SHARES = (0.8, 0.0, 0.0, 0.03, 0.05, 0.0, 0.01, 0.02, 0.01, 0.07, 0.01)
 
 
 def write_run(folder: Path, *, steps: int = 200, replicas: int = 2, **changes: Any) -> Path:

@@ -123,3 +123,21 @@ def test_stamps_of_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.read()["waiting"] == pytest.approx(1.5)
     assert clock.read()["communication"] == pytest.approx(0.1875 + 1.0)
     assert replace(step(), arrived=first.arrived) == first
+
+
+def test_longer_completions_are_imbalance_and_a_slow_rank_is_not() -> None:
+    """Rank 1 drew twice as many tokens; rank 0 of the second pair took twice as long for as many."""
+    longer = [
+        Period(compute=0.1, work=1.0, generation=0.2, drawn=100.0, late=0.21, arrived=0.3),
+        Period(compute=0.1, work=1.0, generation=0.4, drawn=200.0, late=0.01, arrived=0.5),
+    ]
+    waiting, load, wire = split(longer)[0]
+    assert (waiting, load, wire) == (pytest.approx(0.0), pytest.approx(0.2), pytest.approx(0.01))
+    slow = [
+        Period(compute=0.1, work=1.0, generation=0.4, drawn=100.0, late=0.01, arrived=0.5),
+        Period(compute=0.1, work=1.0, generation=0.2, drawn=100.0, late=0.21, arrived=0.3),
+    ]
+    waiting, load, _ = split(slow)[1]
+    assert (waiting, load) == (pytest.approx(0.2), pytest.approx(0.0))
+    assert by_phase(longer)[1]["generation"] == 0.4
+    assert sum(by_phase(longer)[1].values()) == pytest.approx(longer[1].step)

@@ -64,7 +64,9 @@ def test_shares_sum_to_one_and_gains_are_against_the_steps() -> None:
 
 def test_every_line_has_advice_with_a_field_and_a_value() -> None:
     asked = config(learning_rate=1e-3)
-    advice = advise(receipt(recomputation=1.0, imbalance=1.0).shares, [], asked, plan_of(asked))
+    advice = advise(
+        receipt(recomputation=1.0, imbalance=1.0, generation=1.0).shares, [], asked, plan_of(asked)
+    )
     assert {a["what"] for a in advice} == set(PHASES) - {"compute"}
     gains = [a["gain"] for a in advice]
     assert gains == sorted(gains, reverse=True)
@@ -72,7 +74,9 @@ def test_every_line_has_advice_with_a_field_and_a_value() -> None:
         assert "=" in a["do"] or a["what"] == "waiting", a
         for word in a["do"].split():
             field, equals, value = word.partition("=")
-            if equals and field.islower():
+            if equals and field.startswith("grpo."):
+                config(grpo={"reward_funcs": "a:b", field.removeprefix("grpo."): int(value)})
+            elif equals and field.islower():
                 config(**{field.split(".")[0]: {"path": "x", "packing": value} if "." in field else yaml_value(value)})  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from unisono.data.blocks import NO_LABEL, Batch
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.sharded import Sharded
 from unisono.train.evaluation import Evaluation, evaluate
+from unisono.train.objective import Measured, target_tokens
 from unisono.train.trial import find_micro_batch, measure_baseline
 
 
@@ -53,15 +54,18 @@ def loss_of(world, sharded: bool, lockstep: bool, fails: int | None = None) -> t
         Sharded(model, Ledger(), optimizer=sgd, timeout_s=10)
     passes = []
 
-    def loss_sum(batch: Batch) -> torch.Tensor:
+    def measure(batch: Batch) -> Measured:
         passes.append(len(batch.labels))
         if world.rank == fails:
             raise MemoryError
         logits = model(torch.from_numpy(batch.input_ids)).flatten(0, 1)
         labels = torch.from_numpy(batch.labels).flatten()
-        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=NO_LABEL)
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=NO_LABEL)
+        rows = float(len(batch.labels))
+        return Measured(loss, target_tokens(batch), {"twos": (2 * rows, rows), "none": (0.0, 0.0)})
 
-    found = evaluate(model, Rows(), loss_sum, group, batch_rows=2, lockstep=lockstep)
+    names = ("none", "twos", "absent")
+    found = evaluate(model, Rows(), measure, group, batch_rows=2, lockstep=lockstep, metrics=names)
     return found, len(passes)
 
 
@@ -69,7 +73,8 @@ def loss_of(world, sharded: bool, lockstep: bool, fails: int | None = None) -> t
 def test_lockstep_changes_no_bit_of_the_loss(size: int) -> None:
     """Six batches, the last one short; on four ranks two have none in the second round."""
     expected = run_ranks(loss_of, 1, False, False)[0][0]
-    assert expected.tokens == sum(max(0, k - 1) for k in range(11))
+    assert expected.metrics == {"twos": 2.0}, "what nothing was counted for has no mean"
+    assert expected.count == sum(max(0, k - 1) for k in range(11))
     rounds = -(-6 // size)
     for sharded in (False, True):
         assert run_ranks(loss_of, size, sharded, True) == [(expected, rounds)] * size

@@ -11,7 +11,7 @@ the page cache.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Batch:
     packed: bool
     """A row holds more than one document, or padding."""
 
+    def blank(self) -> "Batch":
+        """The same rows, of which nothing counts."""
+        return replace(self, labels=np.full_like(self.labels, NO_LABEL))
+
 
 class Blocks:
     """The blocks of one split, numbered from 0; read-only.
@@ -67,6 +71,7 @@ class Blocks:
     def __init__(
         self, folder: Path, held_out: Int64Array | None = None, inside: bool = False
     ) -> None:
+        self.folder = folder
         self.index = read_index(folder)
         n, width = self.index.num_blocks, -(-self.index.sequence_length // 8)
         little = np.dtype(self.index.dtype).newbyteorder("<")

@@ -4,7 +4,8 @@ Contract: `read` yields every usable record of a source in file order and hands 
 `problems`, so that records read = documents + problems. JSON is read strictly: no NaN, no duplicate
 key, no lone surrogate, because each of them means that another reader would see other data.
 
-What a record is, the first of these that it has: `messages`, a chat; `conversations` (ShareGPT: from,
+With `pairs` every record is to be a preference pair (data/preferences.py), and nothing else is used.
+Otherwise, what a record is, the first of these that it has: `messages`, a chat; `conversations` (ShareGPT: from,
 value), a chat; `prompt` and `completion`, a completion; `instruction` and `output` (Alpaca, with `input`
 if there is one), a chat of one exchange; the text field, text. A plain text file is one document; as it may be larger than memory it comes in
 segments of SEGMENT_CHARS or some more, cut at line ends, which are tokenized apart. Line ends become
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisono.data.lines import Group, Line, elements, groups, is_list, lines, lines_of
-from unisono.data.problems import KEPT_BYTES, Problems
+from unisono.data.preferences import Messages, parse
+from unisono.data.problems import KEPT_BYTES, BadRecord, Problems
 from unisono.data.source import Source
 
 SEGMENT_CHARS = 32 * 1024
@@ -31,7 +33,7 @@ SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user",
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant",
 }  # fmt: skip
-FIELDS = ("messages", "conversations", "system", "prompt", "completion", "instruction", "input", "output", "history")  # fmt: skip
+FIELDS = ("chosen", "rejected", "messages", "conversations", "system", "prompt", "completion", "instruction", "input", "output", "history")  # fmt: skip
 """That decide what a record is, beside the text field."""
 
 
@@ -68,27 +70,42 @@ class Chat:
     messages: tuple[tuple[str, str], ...]
 
 
-Document = Text | Completion | Chat
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and two answers, texts or messages. The answers are learned, each in a row of its own."""
+
+    file: str
+    line: int
+    consumed: int
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+
+    @property
+    def is_chat(self) -> bool:
+        return not (isinstance(self.prompt, str) and isinstance(self.chosen, str))
+
+
+Document = Text | Completion | Chat | Pair
 
 
 def read(
-    source: Source, text_field: str, max_line_bytes: int, problems: Problems
+    source: Source, text_field: str, max_line_bytes: int, problems: Problems, pairs: bool = False
 ) -> Iterator[Document]:
     """The documents of `source`, streamed. Raises DataError only through strict `problems`."""
+    if source.format == "text" and pairs:
+        problems.add("not a pair", source.name, 0, "plain text holds no preference pairs")
+        return iter(())
     if source.format == "text":
         return _read_text(source, max_line_bytes, problems)
     if source.format == "parquet":
-        return _read_parquet(source, text_field, max_line_bytes, problems)
+        return _read_parquet(source, text_field, max_line_bytes, problems, pairs)
     split = elements if source.format == "json" and is_list(source) else lines
-    return _read_json(source, split(source, max_line_bytes, problems), text_field, problems)
+    return _read_json(source, split(source, max_line_bytes, problems), text_field, problems, pairs)
 
 
-class _BadRecord(Exception):
-    """Why a record cannot be used. Never leaves this module."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
+def _bad(kind: str, reason: str) -> BadRecord:
+    return BadRecord(reason, kind)
 
 
 def _read_text(source: Source, limit: int, problems: Problems) -> Iterator[Text]:
@@ -126,8 +143,8 @@ def _group_text(group: Group, source: Source, limit: int, problems: Problems) ->
                 reason = (
                     f"byte {line.start + line.content.index(0)} is NUL: UTF-16 or no text at all?"
                 )
-                raise _BadRecord("NUL byte", reason)
-        except _BadRecord as bad:
+                raise _bad("NUL byte", reason)
+        except BadRecord as bad:
             problems.add(bad.kind, source.name, line.number, str(bad), line.content[:KEPT_BYTES])
     return "".join(good)
 
@@ -146,20 +163,20 @@ def _cut(text: str, begin: int) -> int:
 
 
 def _read_json(
-    source: Source, records: Iterator[Line], text_field: str, problems: Problems
+    source: Source, records: Iterator[Line], text_field: str, problems: Problems, pairs: bool
 ) -> Iterator[Document]:
     for line in records:
         if not line.content.strip():
             continue  # a blank line between records is no record
         try:
             record = _parse(line)
-            yield _document(record, source.name, line.number, line.consumed, text_field)
-        except _BadRecord as bad:
+            yield _document(record, source.name, line.number, line.consumed, text_field, pairs)
+        except BadRecord as bad:
             problems.add(bad.kind, source.name, line.number, str(bad), line.content[:KEPT_BYTES])
 
 
 def _read_parquet(
-    source: Source, text_field: str, limit: int, problems: Problems
+    source: Source, text_field: str, limit: int, problems: Problems, pairs: bool
 ) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
@@ -183,10 +200,10 @@ def _read_parquet(
                             reason = (
                                 f"the row has more than data.max_line_bytes={limit:,} characters"
                             )
-                            raise _BadRecord("line too long", reason)
+                            raise _bad("line too long", reason)
                         consumed = disk_bytes * row // num_rows
-                        yield _document(record, source.name, row, consumed, text_field)
-                    except _BadRecord as bad:
+                        yield _document(record, source.name, row, consumed, text_field, pairs)
+                    except BadRecord as bad:
                         head = repr(record)[:KEPT_BYTES].encode("utf-8", "backslashreplace")
                         problems.add(bad.kind, source.name, row, str(bad), head)
     except (OSError, pyarrow.ArrowException) as error:
@@ -200,7 +217,7 @@ def _decode(line: Line) -> str:
     except UnicodeDecodeError as error:
         found = line.content[error.start]
         reason = f"byte {line.start + error.start} of the file is 0x{found:02x}: {error.reason}"
-        raise _BadRecord("not UTF-8", reason) from None
+        raise _bad("not UTF-8", reason) from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -208,12 +225,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _BadRecord("duplicate key", f"the key {twice!r} stands twice in one object")
+        raise _bad("duplicate key", f"the key {twice!r} stands twice in one object")
     return record
 
 
 def _no_constant(name: str) -> Any:
-    raise _BadRecord("not valid JSON", f"{name} is no JSON")
+    raise _bad("not valid JSON", f"{name} is no JSON")
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
@@ -226,20 +243,25 @@ def _parse(line: Line) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         if not line.ended:
             reason = f"the file ends inside a record: {error.msg} at column {error.colno}"
-            raise _BadRecord("torn last line", reason) from None
-        raise _BadRecord("not valid JSON", f"{error.msg} at column {error.colno}") from None
+            raise _bad("torn last line", reason) from None
+        raise _bad("not valid JSON", f"{error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise _BadRecord("not valid JSON", "nested too deeply") from None
+        raise _bad("not valid JSON", "nested too deeply") from None
     except ValueError as error:  # an integer of more digits than Python converts
-        raise _BadRecord("not valid JSON", str(error)) from None
+        raise _bad("not valid JSON", str(error)) from None
     if not isinstance(record, dict):
-        raise _BadRecord("not an object", f"a record is an object, found {_kind(record)}")
+        raise _bad("not an object", f"a record is an object, found {_kind(record)}")
     return record
 
 
 def _document(
-    record: Mapping[str, Any], file: str, line: int, consumed: int, text_field: str
+    record: Mapping[str, Any], file: str, line: int, consumed: int, text_field: str, pairs: bool
 ) -> Document:
+    if pairs:
+        if "chosen" not in record and "rejected" not in record:
+            found = ", ".join(map(repr, list(record)[:6])) or "nothing"
+            raise BadRecord(f"no `chosen` and `rejected` answers; found {found}", "not a pair")
+        return Pair(file, line, consumed, *parse(record))
     if "messages" in record:
         return Chat(file, line, consumed, _messages(record["messages"]))
     if "conversations" in record:
@@ -250,7 +272,7 @@ def _document(
     if "instruction" in record and "output" in record:
         return Chat(file, line, consumed, _alpaca(record))
     if text_field not in record:
-        raise _BadRecord("missing field", _what_is_missing(record, text_field))
+        raise _bad("missing field", _what_is_missing(record, text_field))
     return Text(file, line, consumed, _string(record, text_field))
 
 
@@ -258,7 +280,8 @@ def _what_is_missing(record: Mapping[str, Any], text_field: str) -> str:
     found = ", ".join(map(repr, list(record)[:6])) or "nothing"
     if "prompt" in record and "chosen" in record:
         return (
-            "a preference pair (prompt, chosen) is nothing to imitate: write prompt and completion"
+            "a preference pair (prompt, chosen) is nothing to imitate: write prompt and completion, or "
+            "tune on it with dpo: {}"
         )
     for question, answer in (("prompt", "completion"), ("instruction", "output")):
         if question in record:
@@ -270,7 +293,7 @@ def _what_is_missing(record: Mapping[str, Any], text_field: str) -> str:
 def _alpaca(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """One exchange; the input, which may be empty, stands below the instruction, a blank line between."""
     if record.get("history"):
-        raise _BadRecord("bad chat", "history is not read: write the whole chat as messages")
+        raise _bad("bad chat", "history is not read: write the whole chat as messages")
     asked = _string(record, "instruction")
     if record.get("input") is not None and (more := _string(record, "input", may_be_empty=True)):
         asked = f"{asked}\n\n{more}"
@@ -281,19 +304,17 @@ def _alpaca(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 def _sharegpt(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     turns = record["conversations"]
     if not isinstance(turns, list):
-        raise _BadRecord("wrong type", f"conversations must be a list, found {_kind(turns)}")
+        raise _bad("wrong type", f"conversations must be a list, found {_kind(turns)}")
     messages: list[tuple[str, str]] = [*_system(record)]
     for i, turn in enumerate(turns):
         where = f"conversations[{i}]"
         if not isinstance(turn, Mapping):
-            raise _BadRecord("wrong type", f"{where} must be an object, found {_kind(turn)}")
+            raise _bad("wrong type", f"{where} must be an object, found {_kind(turn)}")
         said = turn.get("from")
         role = SHAREGPT_ROLES.get(said) if isinstance(said, str) else None
         if role is None:
             known = ", ".join(SHAREGPT_ROLES)
-            raise _BadRecord(
-                "bad chat", f"{where}.from must be one of {known}, found {_kind(said)}"
-            )
+            raise _bad("bad chat", f"{where}.from must be one of {known}, found {_kind(said)}")
         content = _string(turn, "value", where + ".", may_be_empty=role == "system")
         messages.append((role, content))
     shift = len(_system(record))
@@ -311,16 +332,16 @@ def _system(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 def _messages(value: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list):
-        raise _BadRecord("wrong type", f"messages must be a list, found {_kind(value)}")
+        raise _bad("wrong type", f"messages must be a list, found {_kind(value)}")
     messages = []
     for i, message in enumerate(value):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
-            raise _BadRecord("wrong type", f"{where} must be an object, found {_kind(message)}")
+            raise _bad("wrong type", f"{where} must be an object, found {_kind(message)}")
         role = message.get("role")
         if role not in ROLES:
             reason = f"{where}.role must be system, user or assistant, found {_kind(role)}"
-            raise _BadRecord("bad chat", reason)
+            raise _bad("bad chat", reason)
         content = _string(message, "content", where + ".", may_be_empty=role == "system")
         messages.append((role, content))
     _in_turn([role for role, _ in messages], lambda i: f"messages[{i}]")
@@ -334,10 +355,10 @@ def _in_turn(roles: list[str], name: Callable[[int], str]) -> None:
         after_user = previous == "user"
         if (role == "system" and i > 0) or (role != "system" and after_user == (role == "user")):
             reason = f"{name(i)} is {role} after {previous or 'nothing'}: a system message comes first, then user and assistant in turn"
-            raise _BadRecord("bad chat", reason)
+            raise _bad("bad chat", reason)
         previous = role
     if "assistant" not in roles:
-        raise _BadRecord("bad chat", "no assistant message: nothing to learn")
+        raise _bad("bad chat", "no assistant message: nothing to learn")
 
 
 def _string(
@@ -347,15 +368,15 @@ def _string(
     if not isinstance(value, str):
         kind = "missing field" if field not in record else "wrong type"
         found = "nothing" if field not in record else _kind(value)
-        raise _BadRecord(kind, f"{where}{field} must be text, found {found}")
+        raise _bad(kind, f"{where}{field} must be text, found {found}")
     if not may_be_empty and not value.strip():
-        raise _BadRecord("empty text", f"{where}{field} is empty")
+        raise _bad("empty text", f"{where}{field} is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
         reason = f"{where}{field} holds the lone surrogate \\u{code:04x} at character {error.start}"
-        raise _BadRecord("lone surrogate", reason) from None
+        raise _bad("lone surrogate", reason) from None
     return value
 
 

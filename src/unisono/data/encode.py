@@ -13,7 +13,10 @@ they do not, the record is reported and left out.
   template without them is rendered message by message, and what each assistant message adds
   after the generation prompt is learned.
 
-A chat or completion longer than `longest` tokens is reported and left out: a reply whose beginning is
+- pair: two sequences, the prompt with each answer, as a completion where all are texts, else as the
+  template's rendering: what the answer adds to the prompt alone is learned. Both can be used or neither.
+
+A chat, completion or pair longer than `longest` tokens is reported and left out: a reply whose beginning is
 cut off would be learned without what it answers.
 
 Cost: the Rust tokenizer on all cores; about 120 bytes of memory a token of one batch.
@@ -28,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from unisono.data.documents import Chat, Completion, Document, Text
+from unisono.data.documents import Chat, Completion, Document, Pair, Text
+from unisono.data.preferences import Messages, as_messages
 from unisono.data.problems import Problems
 from unisono.errors import ConfigError
 
@@ -60,7 +64,7 @@ class Encoder:
     marks: bool
     """Whether the chat template marks what is generated."""
     longest: int | None = None
-    """Tokens of a chat or completion that can stay whole; a longer one is reported and left out."""
+    """Tokens of a chat, completion or answer that can stay whole; a longer one is reported and left out."""
 
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
@@ -93,39 +97,36 @@ def encode(
     documents: Sequence[Document], encoder: Encoder, problems: Problems
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
     """Ids and flags of the documents in order, one after the other."""
-    kept: list[Document] = []
-    pieces: list[Pieces] = []
+    kept: list[tuple[Document, list[Pieces]]] = []
     for document in documents:
         try:
-            pieces.append(_pieces(document, encoder))
-            kept.append(document)
+            kept.append((document, _sequences(document, encoder)))
         except _NoTemplate as error:
             _report(document, str(error), problems)
-    texts = [text for each in pieces for text in _texts(each, encoder)]
+    texts = [text for _, pieces in kept for each in pieces for text in _texts(each, encoder)]
     ids = iter(_tokenize(texts, encoder))
     all_ids: list[npt.NDArray[np.uint32]] = []
     all_flags: list[npt.NDArray[np.uint8]] = []
-    for document, each in zip(kept, pieces):
-        parts: list[npt.NDArray[np.uint32]] | None = [next(ids) for _ in each]
-        if len(each) > 1 and not encoder.splits:
-            parts = _differences(parts or [])
-        if parts is None:
-            _report(document, "the ids of its beginning change with what follows", problems)
-        else:
-            learned = [learned for _, learned in each]
-            framed = _framed(document, parts, learned, encoder)
-            if (
-                encoder.longest
-                and not isinstance(document, Text)
-                and len(framed[0]) > encoder.longest
-            ):
-                reason = (
-                    f"{len(framed[0]):,} tokens are more than sequence_length {encoder.longest:,}"
-                )
-                _report(document, f"{reason}: it would not stay whole", problems, "too long")
-                continue
-            all_ids.append(framed[0])
-            all_flags.append(framed[1])
+    for document, pieces in kept:
+        sequences = [[next(ids) for _ in each] for each in pieces]
+        framed = []
+        for each, parts in zip(pieces, sequences):
+            whole: list[npt.NDArray[np.uint32]] | None = parts
+            if len(each) > 1 and not encoder.splits:
+                whole = _differences(parts)
+            if whole is None:
+                _report(document, "the ids of its beginning change with what follows", problems)
+                break
+            framed.append(_framed(document, whole, [learned for _, learned in each], encoder))
+        if len(framed) < len(pieces):
+            continue
+        length = max(len(ids) for ids, _ in framed)
+        if encoder.longest and not isinstance(document, Text) and length > encoder.longest:
+            reason = f"{length:,} tokens are more than sequence_length {encoder.longest:,}"
+            _report(document, f"{reason}: it would not stay whole", problems, "too long")
+            continue
+        all_ids += [ids for ids, _ in framed]
+        all_flags += [flags for _, flags in framed]
     if not all_ids:
         return np.empty(0, np.uint32), np.empty(0, np.uint8)
     return np.concatenate(all_ids), np.concatenate(all_flags)
@@ -142,7 +143,44 @@ def _report(
     problems.add(kind, document.file, document.line, reason, record)
 
 
-def _pieces(document: Document, encoder: Encoder) -> Pieces:
+def _sequences(document: Document, encoder: Encoder) -> list[Pieces]:
+    """One for a document, two for a pair."""
+    if isinstance(document, Pair):
+        return [_answer(document, a, encoder) for a in (document.chosen, document.rejected)]
+    return [_pieces(document, encoder)]
+
+
+def _answer(pair: Pair, answer: str | Messages, encoder: Encoder) -> Pieces:
+    """The prompt of `pair`, and what `answer` adds to it."""
+    if isinstance(pair.prompt, str) and isinstance(answer, str):
+        return [(pair.prompt, False), (answer, True)]
+    _need_template(pair, encoder)
+    prompt = as_messages(pair.prompt, "user")
+
+    def render(messages: Messages, prompt: bool) -> str:
+        return str(encoder.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt
+        ))  # fmt: skip
+
+    try:
+        before = render(prompt, True)
+        whole = render([*prompt, *as_messages(answer, "assistant")], False)
+    except Exception as error:  # a template may raise anything: it is a program of its own
+        raise _NoTemplate(f"the chat template refuses it: {' '.join(str(error).split())}") from None
+    if not whole.startswith(before) or whole == before:
+        raise _NoTemplate("the chat template changes the prompt when the answer follows it")
+    return [(before, False), (whole[len(before) :], True)]
+
+
+def _need_template(document: Chat | Pair, encoder: Encoder) -> None:
+    if not encoder.tokenizer.chat_template:
+        raise ConfigError(
+            f"tokenizer: it has no chat template, but {document.file}:{document.line} holds messages:"
+            " use the tokenizer of a chat model, or one trained here ({vocab_size: 4096})"
+        )
+
+
+def _pieces(document: Text | Completion | Chat, encoder: Encoder) -> Pieces:
     if isinstance(document, Text):
         return [(document.text, True)]
     if isinstance(document, Completion):
@@ -151,11 +189,7 @@ def _pieces(document: Document, encoder: Encoder) -> Pieces:
 
 
 def _chat_pieces(chat: Chat, encoder: Encoder) -> Pieces:
-    if not encoder.tokenizer.chat_template:
-        raise ConfigError(
-            f"tokenizer: it has no chat template, but {chat.file}:{chat.line} holds messages:"
-            " use the tokenizer of a chat model, or one trained here ({vocab_size: 4096})"
-        )
+    _need_template(chat, encoder)
     messages = [{"role": role, "content": content} for role, content in chat.messages]
     render = _marked if encoder.marks else _grown
     try:
@@ -247,8 +281,9 @@ def _framed(
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
     """The begin and end tokens around a document's ids, its flags, and its last token marked."""
     text = isinstance(document, Text)
-    opens = not isinstance(document, Chat) and (not isinstance(document, Text) or document.first)
-    closes = not isinstance(document, Chat) and (not isinstance(document, Text) or document.last)
+    rendered = isinstance(document, Chat) or (isinstance(document, Pair) and document.is_chat)
+    opens = not rendered and (not isinstance(document, Text) or document.first)
+    closes = not rendered and (not isinstance(document, Text) or document.last)
     prefix = np.array(encoder.prefix if opens else (), np.uint32)
     suffix = np.array([encoder.end] if closes else [], np.uint32)
     ids = np.concatenate([prefix, *parts, suffix])
@@ -257,6 +292,6 @@ def _framed(
         [len(prefix), *map(len, parts), len(suffix)],
     )
     # A chat ends where its rendering ends; the template has its own end tokens.
-    if len(flags) and (closes or isinstance(document, Chat)):
+    if len(flags) and (closes or rendered):
         flags[-1] |= ENDS
     return ids, flags

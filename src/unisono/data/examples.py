@@ -17,9 +17,10 @@ import numpy as np
 
 from unisono.config import Config
 from unisono.data.blocks import NO_LABEL, Batch
-from unisono.data.documents import Completion, Document, Text, read
-from unisono.data.encode import LEARNED, encode, make_encoder
+from unisono.data.documents import Completion, Document, Pair, Text, read
+from unisono.data.encode import ENDS, LEARNED, encode, make_encoder
 from unisono.data.order import Order
+from unisono.data.pairs import Pairs, rows_of
 from unisono.data.prepare import Prepared
 from unisono.data.problems import Problem, Problems
 from unisono.data.source import resolve
@@ -132,29 +133,34 @@ def inspect(
 
 
 def examples(config: Config, tokenizer: "PreTrainedTokenizerFast", count: int) -> Iterator[Example]:
-    """The first `count` documents that can be used, from each file in turn."""
+    """The first `count` documents that can be used, from each file in turn; of a pair both answers."""
     encoder = make_encoder(tokenizer, longest=config.sequence_length)
     unreported = Problems()  # preparation has reported them
     special = set(tokenizer.all_special_ids)
 
     def found() -> Iterator[Example]:
         for document in _in_turn(config, unreported):
-            ids, flags = encode([document], encoder, unreported)
-            if len(ids):
+            all_ids, all_flags = encode([document], encoder, unreported)
+            ends = np.flatnonzero(all_flags & ENDS)[:-1] + 1  # where a pair's second answer begins
+            kinds = ("chosen", "rejected") if isinstance(document, Pair) else (_kind(document),)
+            for ids, flags, kind in zip(np.split(all_ids, ends), np.split(all_flags, ends), kinds):
+                if not len(ids):
+                    continue
                 learned = (flags & LEARNED) != 0
                 learned[0] = False
                 tokens = _tokens(ids.tolist(), learned.tolist(), special, tokenizer)
                 yield Example(
-                    document.file, document.line, _kind(document), len(ids),
-                    int(learned.sum()), tuple(tokens),
-                )  # fmt: skip
+                    document.file, document.line, kind, len(ids), int(learned.sum()), tuple(tokens)
+                )
 
-    return islice(found(), count)
+    return islice(found(), 2 * count if config.wants_pairs else count)
 
 
 def _in_turn(config: Config, problems: Problems) -> Iterator[Document]:
     readers = [
-        read(source, config.data.text_field, config.data.max_line_bytes, problems)
+        read(
+            source, config.data.text_field, config.data.max_line_bytes, problems, config.wants_pairs
+        )
         for source in resolve(config.data.path)
     ]
     for row in zip_longest(*readers):
@@ -188,7 +194,8 @@ def _rows(quarantine: Path) -> Iterator[dict[str, Any]]:
 
 
 def _packing(prepared: Prepared, seed: int) -> Packing:
-    blocks = prepared.blocks("train")
+    samples = prepared.blocks("train")
+    blocks = samples.rows if isinstance(samples, Pairs) else samples
     measured = min(len(blocks), MEASURED)
     numbers = np.linspace(0, len(blocks) - 1, measured).astype(np.int64)
     lengths: list[int] = []
@@ -200,7 +207,9 @@ def _packing(prepared: Prepared, seed: int) -> Packing:
             tokens += sum(span.tokens for span in spans if not span.padding)
             learned += sum(span.learned for span in spans)
             padding += sum(span.tokens for span in spans if span.padding)
-    first = Order(len(blocks), seed).at(np.arange(min(SHOWN_BLOCKS, len(blocks))))
+    first = Order(len(samples), seed).at(np.arange(min(SHOWN_BLOCKS, len(samples))))
+    if isinstance(samples, Pairs):
+        first = rows_of(first)[:SHOWN_BLOCKS]
     return Packing(
         blocks=measured,
         documents=len(lengths),

@@ -10,6 +10,8 @@ because nothing before it may be seen. So is padding.
   documents the longest goes first, each into the fullest block that still has room (best fit
   decreasing). Pieces in which nothing is learned are dropped. Both are counted.
 
+- `one_a_row`: every document a block of its own, in order; for answers that are compared.
+
 Cost: concat copies; best_fit 0.5 us a document. Memory: one window, about 50 bytes a token.
 """
 
@@ -24,6 +26,8 @@ from unisono.data.encode import ENDS, LEARNED
 
 Chunk = tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.uint8]]
 WINDOW_TOKENS = 2**21
+ROWS = 1024
+"""That one_a_row writes at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,24 @@ def best_fit(
         tokens, flags = _join(*pending)
         used, _ = _window(tokens, flags, begins, sequence_length, losses, last=True)
         yield from _fit(tokens, flags, used, sequence_length, padding, losses)
+
+
+def one_a_row(chunks: Iterable[Chunk], sequence_length: int, padding: int) -> Iterator[Rows]:
+    """A block for each document. Chunks hold whole documents of at most `sequence_length` tokens."""
+    for tokens, flags in chunks:
+        ends = np.flatnonzero(flags & ENDS) + 1
+        begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        for some in range(0, len(ends), ROWS):
+            begin, end = begins[some : some + ROWS], ends[some : some + ROWS]
+            lengths = end - begin
+            columns = np.arange(sequence_length)
+            inside = columns < lengths[:, None]
+            packed = np.full(inside.shape, padding, tokens.dtype)
+            packed[inside] = tokens[begin[0] : end[-1]]
+            starts = (columns == 0) | (columns == lengths[:, None])
+            targets = np.zeros(inside.shape, np.bool_)
+            targets[inside] = (flags[begin[0] : end[-1]] & LEARNED) != 0
+            yield Rows(packed, starts, targets & ~starts)
 
 
 def _rows(

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from unisono.data.cache import read_json
-from unisono.data.documents import Completion, Document, Text, read
+from unisono.data.documents import Completion, Document, Pair, Text, read
 from unisono.data.encode import Encoder, encode
 from unisono.data.pack import Chunk
+from unisono.data.preferences import as_messages
 from unisono.data.problems import Problem, Problems
 from unisono.data.source import Source
 from unisono.errors import DataError
@@ -61,6 +62,7 @@ def tokenize(
     max_line_bytes: int,
     strict: bool,
     progress: Callable[[float], None],
+    pairs: bool = False,
 ) -> list[Part]:
     """Complete the parts in `folder`. Raises DataError at the first bad record when strict."""
     parts = _complete_parts(folder, encoder)
@@ -72,7 +74,7 @@ def tokenize(
         return parts
     behind = list(accumulate((s.path.stat().st_size for s in sources), initial=0))
     problems = Problems(folder / _name(len(parts), "quarantine"), strict)
-    stream = _documents(sources, begin, text_field, max_line_bytes, problems)
+    stream = _documents(sources, begin, text_field, max_line_bytes, problems, pairs)
     writer = _Writer(folder, len(parts), encoder, problems)
     with problems:
         while batch := _batch(stream):
@@ -158,11 +160,16 @@ def _complete_parts(folder: Path, encoder: Encoder) -> list[Part]:
 
 
 def _documents(
-    sources: Sequence[Source], begin: Part, text_field: str, max_line_bytes: int, problems: Problems
+    sources: Sequence[Source],
+    begin: Part,
+    text_field: str,
+    max_line_bytes: int,
+    problems: Problems,
+    pairs: bool,
 ) -> Iterator[tuple[int, int, Document]]:
     """(source, documents of it so far, document) from where `begin` ended."""
     for i in range(begin.source, len(sources)):
-        documents = read(sources[i], text_field, max_line_bytes, problems)
+        documents = read(sources[i], text_field, max_line_bytes, problems, pairs)
         skipped = begin.taken if i == begin.source else 0
         problems.muted = True  # the part that holds these documents has reported what lies between
         for _ in islice(documents, skipped):
@@ -192,6 +199,9 @@ def _size(document: Document) -> int:
         return len(document.text)
     if isinstance(document, Completion):
         return len(document.prompt) + len(document.completion)
+    if isinstance(document, Pair):
+        whole = (document.prompt, document.prompt, document.chosen, document.rejected)
+        return sum(len(m["content"]) for part in whole for m in as_messages(part, ""))
     return sum(len(content) for _, content in document.messages)
 
 

@@ -27,7 +27,8 @@ from unisono.data.blocks import FORMAT, Blocks, read_index, write_blocks
 from unisono.data.cache import locked, publish, read_json
 from unisono.data.encode import Encoder, make_encoder
 from unisono.data.fingerprint import Content, contents, digest, marks
-from unisono.data.pack import Losses, best_fit, concat
+from unisono.data.pack import Losses, best_fit, concat, one_a_row
+from unisono.data.pairs import Pairs, Samples, rows_of
 from unisono.data.problems import Problem, Problems
 from unisono.data.source import Source, resolve
 from unisono.data.split import held_out
@@ -55,7 +56,7 @@ class Prepared:
     digest: str
     """Of everything that decides which tokens are sample i: a resume must find it unchanged."""
     num_blocks: int
-    """For training."""
+    """For training; pairs, where that is what a sample is."""
     num_eval_blocks: int
     num_documents: int
     num_dialogues: int
@@ -64,7 +65,7 @@ class Prepared:
     """In `folder`, without padding."""
     num_target_tokens: int
     max_token_id: int
-    packing: Literal["concat", "best_fit"]
+    packing: Literal["concat", "best_fit", "pairs"]
     problems: tuple[str, ...]
     """One line for each kind of record that could not be used."""
     bad_records: tuple[Problem, ...]
@@ -72,14 +73,26 @@ class Prepared:
     notes: tuple[str, ...]
     """What packing did to documents that do not fit."""
 
-    def blocks(self, split: Literal["train", "eval"]) -> Blocks:
-        """Open the blocks of a split."""
-        if self.eval_folder is not None:
-            return Blocks(self.folder if split == "train" else self.eval_folder)
-        total = self.num_blocks + self.num_eval_blocks
-        return Blocks(
-            self.folder, held_out(total, self.eval_fraction, self.seed), inside=split == "eval"
+    def told(self) -> str:
+        """One line."""
+        samples = f"samples of {self.blocks('train').sequence_length} tokens"
+        if self.packing == "pairs":
+            samples = "pairs of answers"
+        return (
+            f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, "
+            f"{self.num_blocks + self.num_eval_blocks:,} {samples}"
         )
+
+    def blocks(self, split: Literal["train", "eval"]) -> Samples:
+        """Open the blocks, or pairs, of a split."""
+        pairs = self.packing == "pairs"
+        if self.eval_folder is not None:
+            whole = Blocks(self.folder if split == "train" else self.eval_folder)
+            return Pairs(whole) if pairs else whole
+        total = self.num_blocks + self.num_eval_blocks
+        apart = held_out(total, self.eval_fraction, self.seed)
+        rows = Blocks(self.folder, rows_of(apart) if pairs else apart, inside=split == "eval")
+        return Pairs(rows) if pairs else rows
 
 
 def prepare(
@@ -158,7 +171,7 @@ def _entry(
             "files": [[s.name, content.sha256] for s, content in zip(sources, inputs)],
             "tokenizer": tokenizer_digest(encoder.tokenizer),
             "sequence_length": config.sequence_length,
-            "packing": config.data.packing,
+            "packing": "pairs" if config.wants_pairs else config.data.packing,
             "text_field": config.data.text_field,
             "max_line_bytes": config.data.max_line_bytes,
         }
@@ -186,7 +199,8 @@ def _finished(folder: Path, made_from: str) -> _Entry | None:
         index = read_index(folder)
     except DataError:
         return None  # damaged: made anew
-    return _Entry(folder, made_from, index.num_blocks, about)
+    samples = index.num_blocks // 2 if about["packing"] == "pairs" else index.num_blocks
+    return _Entry(folder, made_from, samples, about)
 
 
 def _make(
@@ -209,6 +223,7 @@ def _make(
         config.data.max_line_bytes,
         config.strict_data,
         lambda share: progress("tokenize", share),
+        config.wants_pairs,
     )
     if [marks(s.path) for s in sources] != [content.marks for content in inputs]:
         shutil.rmtree(partial)
@@ -218,17 +233,20 @@ def _make(
         problems.merge(part.account)
     num_tokens = sum(p.num_tokens for p in done)
 
-    packing = config.data.packing
-    if packing == "auto":
+    packing: str = config.data.packing
+    if config.wants_pairs:
+        packing = "pairs"
+    elif packing == "auto":
         packing = "best_fit" if any(p.num_dialogues for p in done) else "concat"
     losses = Losses()
     stream = _counted(parts.chunks(partial, done, encoder), num_tokens, progress)
     length, padding = config.sequence_length, encoder.padding
-    rows = (
-        concat(stream, length, padding)
-        if packing == "concat"
-        else best_fit(stream, length, padding, losses)
-    )
+    if packing == "pairs":
+        rows = one_a_row(stream, length, padding)
+    elif packing == "concat":
+        rows = concat(stream, length, padding)
+    else:
+        rows = best_fit(stream, length, padding, losses)
     building = partial / "blocks"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()

@@ -18,6 +18,14 @@ from unisono.errors import DataError
 KEPT_BYTES = 2000
 
 
+class BadRecord(Exception):
+    """Why a record cannot be used; `kind` is what such records are counted under."""
+
+    def __init__(self, reason: str, kind: str = "bad record") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One kind of problem: how often, and where first. Line 0 is the file as a whole."""

@@ -83,9 +83,12 @@ def _figures(found: Inspection) -> RenderableType:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
+    pairs = found.packing_kind == "pairs"
     kinds = f", {found.dialogues:,} of them chats or completions" if found.dialogues else ""
+    if pairs:
+        kinds = ", each a prompt with a chosen and a rejected answer"
     table.add_row(
-        "documents",
+        "pairs" if pairs else "documents",
         f"{found.documents:,} in {found.files:,} file{'s' if found.files > 1 else ''}{kinds}",
     )
     share = found.learned_tokens / max(found.tokens, 1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from unisono.config import DataConfig, TokenizerConfig
 from unisono.data.cache import locked, publish
-from unisono.data.documents import Chat, Completion, Document, read
+from unisono.data.documents import Chat, Completion, Document, Text, read
 from unisono.data.fingerprint import contents, digest
 from unisono.data.problems import Problems
 from unisono.data.source import Source, resolve
@@ -184,4 +184,5 @@ def _texts(document: Document) -> tuple[str, ...]:
         return tuple(content for _, content in document.messages)
     if isinstance(document, Completion):
         return (document.prompt, document.completion)
+    assert isinstance(document, Text)  # pairs tune a model that has its tokenizer
     return (document.text,)

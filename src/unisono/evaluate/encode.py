@@ -5,9 +5,9 @@ spaces that end the context belong to the continuation, as most vocabularies hav
 lm-eval does, so that figures are equal). Conversations go through the model's own chat template.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from unisono.data.preferences import Messages, as_messages
 from unisono.errors import ConfigError
 from unisono.evaluate.items import Generation, Likelihood
 from unisono.evaluate.records import BadRecord
@@ -15,9 +15,6 @@ from unisono.evaluate.text import prefix_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Messages = Sequence[Mapping[str, str]]
-ROLES = ("system", "user", "assistant")
 
 
 def likelihood(
@@ -44,10 +41,7 @@ def response_likelihood(
     """How probable a response is after a prompt, both texts or both messages."""
     if isinstance(prompt, str) and isinstance(response, str):
         return likelihood(tokenizer, prompt, response, most)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(response, str):
-        response = [{"role": "assistant", "content": response}]
+    prompt, response = as_messages(prompt, "user"), as_messages(response, "assistant")
     before = render(tokenizer, prompt, ask=True)
     whole = render(tokenizer, [*prompt, *response], ask=False)
     if not whole.startswith(before):
@@ -91,27 +85,6 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Messages, ask: bool) 
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))  # fmt: skip
     except Exception as error:  # templates are programs: they raise what they like
         raise BadRecord(f"the chat template refuses it ({str(error)[:120]})") from None
-
-
-def messages_of(value: Any, name: str) -> str | list[dict[str, str]]:
-    """A text or checked messages. Raises BadRecord."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise BadRecord(f"`{name}` is {type(value).__name__}; write a text or a list of messages")
-    found: list[dict[str, str]] = []
-    for number, message in enumerate(value):
-        role, content = (
-            (message.get("role"), message.get("content")) if isinstance(message, dict) else ("", "")
-        )
-        if role not in ROLES or not isinstance(content, str):
-            raise BadRecord(f"`{name}` message {number}: role {role!r:.30}; write system, user or assistant, and content")  # fmt: skip
-        if role == "system" and number:
-            raise BadRecord(f"`{name}` message {number}: a system message comes first or not at all")  # fmt: skip
-        if found and found[-1]["role"] == role:
-            raise BadRecord(f"`{name}` message {number}: two of the role {role} in a row")
-        found.append({"role": str(role), "content": content})
-    return found
 
 
 def _ids(tokenizer: "PreTrainedTokenizerFast", text: str, begin: bool = False) -> list[int]:

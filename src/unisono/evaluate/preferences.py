@@ -6,16 +6,16 @@ does not depend on beta. A tie counts as wrong, as in TRL's rewards/accuracies, 
 with itself has accuracy 0. `per_token` divides each answer's sum by its number of tokens.
 Without a reference only `likelier` (log pi of chosen above rejected) is known.
 
-Records: {"prompt", "chosen", "rejected"}, each a text or messages; or {"chosen", "rejected"} as two
-conversations whose common beginning is the prompt.
+Records: as data/preferences.py reads them.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from unisono.data.preferences import parse
 from unisono.errors import DataError
-from unisono.evaluate.encode import Messages, messages_of, response_likelihood
+from unisono.evaluate.encode import response_likelihood
 from unisono.evaluate.items import Answer, Item, Measure, Scores, Suite, id_of
 from unisono.evaluate.records import BadRecord, Problems, parsed
 
@@ -33,45 +33,6 @@ ALONE = (
     Measure("likelier", "share", "higher", "chosen more probable than rejected"),
     Measure("likelier_per_token", "share", "higher", "the same, per token"),
 )
-Pair = tuple[str | Messages, str | Messages, str | Messages]
-
-
-def parse(record: dict[str, Any]) -> Pair:
-    """(prompt, chosen, rejected). Raises BadRecord."""
-    for name in ("chosen", "rejected"):
-        if record.get(name) in (None, "", []):
-            raise BadRecord(f"no `{name}` answer")
-    chosen = messages_of(record["chosen"], "chosen")
-    rejected = messages_of(record["rejected"], "rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRecord("`chosen` and `rejected` are of two kinds; write two texts or two lists")
-    if "prompt" in record:
-        prompt = messages_of(record["prompt"], "prompt")
-    elif isinstance(chosen, str):
-        raise BadRecord("no `prompt`")
-    else:
-        assert not isinstance(rejected, str)  # both are of one kind
-        same = _common(chosen, rejected)
-        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-        if not (prompt and chosen and rejected):
-            raise BadRecord("`chosen` and `rejected` need a common beginning and different ends")
-    if not isinstance(prompt, str) and prompt[-1]["role"] != "user":
-        raise BadRecord(f"the prompt ends with the role {prompt[-1]['role']}; it must be user")
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        texts = [answer] if isinstance(answer, str) else [m["content"] for m in answer]
-        if not all(text.strip() for text in texts):
-            raise BadRecord(f"an empty `{name}` answer")
-        if not isinstance(answer, str) and answer[0]["role"] != "assistant":
-            raise BadRecord(f"`{name}` begins with the role {answer[0]['role']}; it must be assistant")  # fmt: skip
-    if chosen == rejected:
-        raise BadRecord("`chosen` and `rejected` are the same")
-    return prompt, chosen, rejected
-
-
-def _common(first: Messages, second: Messages) -> int:
-    """How many messages two conversations begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((k for k, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def suite(

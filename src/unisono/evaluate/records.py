@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from unisono.data.problems import BadRecord as BadRecord
 from unisono.errors import ConfigError, DataError
 
 T = TypeVar("T")
 MOST_SHOWN = 20
-
-
-class BadRecord(Exception):
-    """Why a record cannot be used."""
 
 
 @dataclass

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unisono.data.preferences import Messages, messages_of
 from unisono.errors import DataError
-from unisono.evaluate.encode import Messages, generation, messages_of
+from unisono.evaluate.encode import generation
 from unisono.evaluate.items import Answer, Item, Measure, Scores, Suite, id_of
 from unisono.evaluate.records import BadRecord, Problems, parsed
 

@@ -67,7 +67,13 @@ def configuration(source: str, overrides: Sequence[str]) -> Config:
                 f"{', '.join(near)}"
             )
     if is_file or named(source) is None:
-        return load(source, overrides)
+        asked = load(source, overrides)
+        if asked.grpo:
+            raise ConfigError(
+                f"{source}: grpo: how long completions will be is not known, so nothing is foretold; write "
+                f"grpo=null to plan the training of given text"
+            )
+        return asked
     raw = {"model": source, "data": {"path": "-"}, "output_dir": "-", "bf16": True}
     return parse(apply_overrides(raw, overrides), origin=source)
 

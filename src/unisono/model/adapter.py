@@ -22,14 +22,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG = "adapter_config.json"
+SCORES = "SEQ_CLS"
+"""peft's task of a reward model: the new head is trained and saved beside the adapters."""
 
 
 def attach(
-    model: "PreTrainedModel", wanted: Mapping[str, Any], seed: int, saved: Path | None = None
+    model: "PreTrainedModel",
+    wanted: Mapping[str, Any],
+    seed: int,
+    saved: Path | None = None,
+    score: bool = False,
 ) -> "PeftModel":
     """The model with adapters, everything else frozen; those of the directory `saved` if given.
 
-    `wanted`: the configuration's `lora` section. Raises ConfigError: no peft, a target that the model
+    `wanted`: the configuration's `lora` section. `score`: its head of one output is trained whole. Raises ConfigError: no peft, a target that the model
     does not have, saved adapters that do not fit.
     """
     peft = _peft()
@@ -43,7 +49,10 @@ def attach(
         fields["target_modules"] = list(fields["target_modules"])
     fields["modules_to_save"] = list(fields["modules_to_save"]) or None
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", lora_alpha=wanted["alpha"], lora_dropout=wanted["dropout"], **fields
+        task_type=SCORES if score else "CAUSAL_LM",
+        lora_alpha=wanted["alpha"],
+        lora_dropout=wanted["dropout"],
+        **fields,
     )
     try:
         adapted = peft.get_peft_model(model, config)
@@ -73,7 +82,11 @@ def merge(folder: Path, out: Path, base: str | None = None) -> "PreTrainedModel"
     """
     peft = _peft()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT: found {out}, which is not empty; name a new directory")
@@ -83,10 +96,12 @@ def merge(folder: Path, out: Path, base: str | None = None) -> "PreTrainedModel"
         )
     fields = json.loads((folder / CONFIG).read_text())
     name = base or fields["base_model_name_or_path"]
+    local = {"dtype": torch.float32, "local_files_only": Path(name).is_dir()}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, local_files_only=Path(name).is_dir()
-        )
+        if fields.get("task_type") == SCORES:
+            model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **local)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, **local)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"RUN: its base model {name!r} cannot be loaded: {_line(error)}; write --base DIR"
@@ -96,8 +111,12 @@ def merge(folder: Path, out: Path, base: str | None = None) -> "PreTrainedModel"
     adapted = peft.get_peft_model(model, config)
     _load(adapted, folder)
     merged = adapted.merge_and_unload(safe_merge=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if fields.get("task_type") == SCORES:  # as in training (model/load.py)
+        padding = tokenizer.pad_token_id
+        merged.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
     merged.save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(out)
+    tokenizer.save_pretrained(out)
     for file in out.iterdir():
         file.chmod(0o644)
     return merged

@@ -19,8 +19,11 @@ def load_model(
     seed: int,
     sequence_length: int,
     gradient_checkpointing: bool = False,
+    score: bool = False,
 ) -> "PreTrainedModel":
     """A float32 model in training mode on the CPU; new weights are a function of `seed`.
+
+    `score`: a trained model with a head of one output, for rewards, instead of its language head.
 
     Raises ConfigError: unknown architecture or field, no such model, a context that is too short.
     """
@@ -29,7 +32,13 @@ def load_model(
 
     logging.disable_progress_bar()  # for weights that load in milliseconds, and in every checkpoint
     torch.manual_seed(seed)
-    loaded = _new(model, tokenizer) if isinstance(model, dict) else _pretrained(model)
+    if isinstance(model, dict):
+        loaded = _new(model, tokenizer)
+    else:
+        loaded = _pretrained(model, score)
+    if score:  # the head looks at the last token that is no padding
+        padding = tokenizer.pad_token_id
+        loaded.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
     context = getattr(loaded.config, "max_position_embeddings", None)
     if context is not None and sequence_length > context:
         raise ConfigError(
@@ -67,19 +76,46 @@ def _new(fields: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> "PreTr
         raise ConfigError(f"model: a {model_type} cannot be built: {_line(error)}") from None
 
 
-def _pretrained(name: str) -> "PreTrainedModel":
+def _pretrained(name: str, score: bool) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
 
+    local = Path(name).is_dir()
     try:
+        if score:
+            return _scorer(name, local)
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, local_files_only=Path(name).is_dir()
+            name, dtype=torch.float32, local_files_only=local
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model: cannot load {name!r}: {_line(error)}; give a directory that save_pretrained "
             f"wrote, or a hub name"
         ) from None
+
+
+def _scorer(name: str, local: bool) -> "PreTrainedModel":
+    """With a head of one output, new where the model has none; everything else must be there."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the language head goes and the new one is new is no news
+    try:
+        model, told = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=1,
+            dtype=torch.float32,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    weights = dict(model.named_parameters())
+    if lost := [key for key in told["missing_keys"] if key in weights and len(weights[key]) > 1]:
+        raise ConfigError(f"model: {name!r} has no weights for {lost[0]}, beside the new head")
+    return model
 
 
 def _line(error: object) -> str:

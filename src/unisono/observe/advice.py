@@ -89,6 +89,9 @@ def _for_phase(phase: str, config: Config, plan: Plan, memory: str) -> str:
             )
         case "data":
             return "put the cache on a local disk: XDG_CACHE_HOME=/local/path"
+        case "generation":
+            most = config.grpo.max_completion_length if config.grpo else 2
+            return f"grpo.max_completion_length={most // 2} halves it at least, where answers may be cut"
         case "optimizer":
             holders = plan.mesh.holders
             if holders > 1 and config.sync == "exact" and config.determinism != "strict" and not plan.shard_optimizer:  # fmt: skip

@@ -6,18 +6,18 @@ with its gradients, and tells in the next step's vote (no collective of its own)
 Of what rank r stood still, with `busy` the time in which a rank did something itself:
 
     for a slower rank   w_r = min(busy_last - busy_r, early_r + min(late_r, arrived_last - arrived_r))
-    of that, for load   min(w_r, (work_last - work_r) x seconds of a FLOP)
+    of that, for load   min(w_r, (work_last - work_r) x seconds of a FLOP + the same of what was generated)
     for the wire        the rest
 
 `late` is standing still after one's own arrival, `early` before it: for weights on their way, or in
 strategies that synchronize block by block. A rank that came late because the wire held it up has not
 been busy, so nobody waited for it. `last` is whoever was busy longest.
 
-Cost: 13 numbers a rank in a vote that travels anyway, two readings of the clock, and some
+Cost: 15 numbers a rank in a vote that travels anyway, two readings of the clock, and some
 additions a rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from statistics import median_low
@@ -51,12 +51,16 @@ class Period:
     """On rank 0's clock."""
     work: float = 0.0
     """FLOPs that it was given."""
+    generation: float = 0.0
+    drawn: float = 0.0
+    """What its completions cost, in rows of one token (train/rollout.py)."""
 
     @property
     def busy(self) -> float:
         """What it did itself until it arrived."""
         return (
-            self.compute + self.recomputation + self.packing + self.data + self.optimizer + self.other
+            self.compute + self.recomputation + self.generation + self.packing + self.data + self.optimizer
+            + self.other
         )  # fmt: skip
 
     @property
@@ -89,20 +93,31 @@ def gathered(sums: Sequence[float], size: int) -> list[Period]:
 def split(periods: Sequence[Period]) -> list[tuple[float, float, float]]:
     """(waiting, imbalance, communication) of what each rank stood still in one step."""
     busy = [p.busy for p in periods]
-    last = periods[busy.index(max(busy))]
+    last_rank = busy.index(max(busy))
+    last = periods[last_rank]
+    load_s = seconds_of_load(periods)
     latest = max(p.arrived for p in periods)
-    rate = seconds_of_work(periods)
     found = []
-    for p in periods:
+    for k, p in enumerate(periods):
         waited = min(last.busy - p.busy, p.early + max(0.0, min(p.late, latest - p.arrived)))
-        load = min(waited, max(0.0, last.work - p.work) * rate)
+        load = min(waited, max(0.0, load_s[last_rank] - load_s[k]))
         found.append((waited - load, load, p.stood - waited))
     return found
 
 
+def seconds_of_load(periods: Sequence[Period]) -> list[float]:
+    """What each rank was given to compute and to generate, in seconds of ranks that are not slow."""
+    work, drawn = seconds_of_work(periods), _rate((p.generation, p.drawn) for p in periods)
+    return [p.work * work + p.drawn * drawn for p in periods]
+
+
 def seconds_of_work(periods: Sequence[Period]) -> float:
     """Of a FLOP, as the ranks compute that are not slow: the lower median."""
-    rates = [p.compute / p.work for p in periods if p.work > 0]
+    return _rate((p.compute, p.work) for p in periods)
+
+
+def _rate(pairs: Iterable[tuple[float, float]]) -> float:
+    rates = [seconds / given for seconds, given in pairs if given > 0]
     return median_low(rates) if rates else 0.0
 
 
@@ -131,15 +146,16 @@ class Stamps:
         """Of a step on so many rows of so many tokens; tokens, unless the model is known."""
         self._before: dict[str, float] = {}
         self._here: dict[str, float] = {}
-        self._arrived = self._work = 0.0
+        self._arrived = self._work = self._drawn = 0.0
 
     def began(self) -> None:
         """Count from now on."""
         self._before = self.clock.read()
 
-    def arrived(self, work: float) -> None:
-        """This rank has done its part of a step, `work` FLOPs, and from here on needs the others."""
-        self._here, self._work = self.clock.read(), work
+    def arrived(self, work: float, drawn: float = 0.0) -> None:
+        """This rank has done its part of a step, `work` FLOPs and completions that cost `drawn`, and from
+        here on needs the others."""
+        self._here, self._work, self._drawn = self.clock.read(), work, drawn
         self._arrived = self.clock.since - self.offset_s
 
     def left(self) -> None:
@@ -156,6 +172,7 @@ class Stamps:
             spent("compute"), spent("recomputation"), packing, spent("data"), spent("optimizer"),
             spent("other"), spent("checkpoint"), spent("evaluation"), early, spent("waiting") - early,
             spent("communication") - packing, self._arrived, self._work,
+            spent("generation"), self._drawn,
         )  # fmt: skip
         self._before = now
 

@@ -26,7 +26,7 @@ from itertools import pairwise
 from statistics import mean, median, median_low
 from typing import Literal
 
-from unisono.observe.arrival import Period, seconds_of_work, split
+from unisono.observe.arrival import Period, seconds_of_load, split
 from unisono.sync.pairs import SlowLink
 
 Kind = Literal["slow rank", "slow loader", "uneven load", "slow link"]
@@ -84,14 +84,19 @@ def judge(window: Sequence[Sequence[Period]]) -> Blame | None:
 
 def _slow(steps: Sequence[Sequence[Period]], step_s: float) -> Blame | None:
     """Who computes longest for its work."""
-    own = [[_own(p) - p.work * rate for p in ps] for ps in steps for rate in [seconds_of_work(ps)]]
+    own = [
+        [_own(p) - load for p, load in zip(ps, seconds_of_load(ps), strict=True)] for ps in steps
+    ]
     rank, cost_s = _last([[p.busy for p in ps] for ps in steps], own, median)
     if rank is None:
         return None
-    others = [median_low(_own(p) / max(p.work, 1.0) for k, p in enumerate(ps) if k != rank) for ps in steps]  # fmt: skip
+    rates = [
+        [_own(p) / (load or 1.0) for p, load in zip(ps, seconds_of_load(ps), strict=True)]
+        for ps in steps
+    ]
     slower = median(
-        _own(ps[rank]) / max(ps[rank].work, 1.0) / max(o, 1e-30)
-        for ps, o in zip(steps, others, strict=True)
+        row[rank] / max(median_low(v for k, v in enumerate(row) if k != rank), 1e-30)
+        for row in rates
     )
     detail = f"computes {slower - 1:.0%} longer for the same work"
     return Blame("slow rank", rank, cost_s / step_s, detail)
@@ -99,7 +104,7 @@ def _slow(steps: Sequence[Sequence[Period]], step_s: float) -> Blame | None:
 
 def _own(p: Period) -> float:
     """What a rank computes: what it waits for or reads does not count."""
-    return p.compute + p.recomputation + p.packing + p.optimizer
+    return p.compute + p.recomputation + p.generation + p.packing + p.optimizer
 
 
 def _loader(steps: Sequence[Sequence[Period]], step_s: float) -> Blame | None:
@@ -123,12 +128,11 @@ def _load(steps: Sequence[Sequence[Period]], step_s: float) -> Blame | None:
     """Who was given most; the work is counted, only its seconds are measured."""
     if len(steps[0]) < 2:
         return None
-    heaviest = [max(range(len(ps)), key=lambda r: ps[r].work) for ps in steps]
-    over = [max(p.work for p in ps) / (sum(p.work for p in ps) or 1.0) * len(ps) for ps in steps]
+    loads = [seconds_of_load(ps) for ps in steps]
+    heaviest = [max(range(len(row)), key=row.__getitem__) for row in loads]
+    over = [max(row) / (sum(row) or 1.0) * len(row) for row in loads]
     waited = mean(max(load for _, load, _ in split(ps)) for ps in steps)
-    level = median(
-        (max(p.work for p in ps) - mean(p.work for p in ps)) * seconds_of_work(ps) for ps in steps
-    )
+    level = median(max(row) - mean(row) for row in loads)
     cost = min(waited, level) / step_s
     rank = max(set(heaviest), key=heaviest.count)
     detail = f"was given {median(over) - 1:.0%} more than the mean (longer sequences or more rows)"

@@ -129,6 +129,10 @@ def run_charts(
             line("training", series(rows, "train/loss"), "a"),
             line("held out", series(rows, "eval/loss"), "b", dots=True),
         ], marks=marks),
+        chart("reward", "Reward", "mean over completions", [
+            line("training", series(rows, "train/reward"), "a"),
+            line("held out", series(rows, "eval/reward"), "b", dots=True),
+        ]),
         chart("rate", "Learning rate", "", [line("learning rate", series(rows, "train/learning_rate"), "c")], zero=True, low=True),
         chart("norm", "Gradient norm", "before clipping", [line("gradient norm", series(rows, "train/grad_norm"), "d")],
               rules=[("clipped above", number(config.get("max_grad_norm")))], log=True, low=True, marks=marks),

@@ -192,7 +192,7 @@ def render(receipt: Receipt) -> RenderableType:
 
 def _shown(r: Receipt) -> Iterable[str]:
     for phase, share in r.shares.items():
-        if phase == "recomputation" and share == 0:
+        if phase in ("recomputation", "generation") and share == 0:
             continue
         if phase in BETWEEN_REPLICAS and r.replicas == 1:
             continue

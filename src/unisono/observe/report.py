@@ -31,7 +31,7 @@ from unisono.observe.recorded import bandwidth, some_ranks, timeline
 PAGE = Path(__file__).parent / "page"
 MOST_RUNS = 8
 MOST_SAID = 40
-RARE = ("recomputation", "imbalance")
+RARE = ("recomputation", "generation", "imbalance")
 """Phases that are shown only where there is any."""
 
 

@@ -31,6 +31,8 @@ class StepLine:
     seconds_left: float
     exposed: float
     """Share of the time so far that was exposed communication or waiting."""
+    metric: str = ""
+    """Name and value of the objective's, if it shows one."""
 
 
 class Screen:
@@ -97,7 +99,8 @@ class Screen:
 
     def step(self, line: StepLine, total: int) -> None:
         facts = (
-            f"loss {line.loss:.4f}  {line.tokens_per_second:,.0f} tok/s  "
+            f"loss {line.loss:.4f}  {line.metric}{'  ' if line.metric else ''}"
+            f"{line.tokens_per_second:,.0f} tok/s  "
             f"left {clock_time(line.seconds_left)}  exposed {line.exposed:.1%}"
         )
         if self._progress is not None:

@@ -29,7 +29,6 @@ from unisono.probe.rates import synchronize
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.update import by_dimension, clip_factor, global_norm, step
 from unisono.train.job import set_up
-from unisono.train.objective import causal_lm
 from unisono.train.state import optimizer_factory
 from unisono.train.stopping import Stop
 from unisono.world import World
@@ -67,14 +66,14 @@ def own(config: Config, world: World, votes: Group) -> Own:
             }
         )  # fmt: skip
         job = set_up(plain, world, Quiet(), Stop(), Ledger(), votes)
-        batch = job.feed.batch(0, votes.rank * job.plan.accumulation)
+        batch = job.train_blocks.read(job.feed.samples(0, votes.rank * job.plan.accumulation))
     job.sync.close()
     factory = optimizer_factory(config, job.plan.hyper)
     params = [p for p in job.model.parameters() if p.requires_grad]
     kind = config.model if isinstance(config.model, str) else str(config.model["model_type"])
     return Own(
         job.model,
-        lambda: causal_lm(job.model, batch, world.device, config.bf16),
+        lambda: job.objective.measure(job.model, batch, world.device, config.bf16).loss,
         factory(*by_dimension(params)),
         Path(kind).name,
         job.plan.micro_batch_size,

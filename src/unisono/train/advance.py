@@ -33,10 +33,13 @@ def advance(job: Job, stamps: Stamps | None = None) -> Advanced | None:
     The caller counts the step, and keeps `stamps` from step to step. Raises on every rank when any rank failed.
     """
     config, plan, step = job.config, job.plan, job.progress.step
+    if job.online:
+        job.sync.settle()  # completions are drawn from whole weights
     taken = take_step(
         step,
         job.feed,
-        job.loss_sum,
+        job.measure,
+        job.objective.metrics,
         job.sync,
         job.votes,
         stop=job.stop.is_asked,
@@ -58,8 +61,8 @@ def advance(job: Job, stamps: Stamps | None = None) -> Advanced | None:
     )
     norm = _apply(job, taken.outcome, rate)
     squares, spent_s = job.sync.parts.end()
-    sizes = job.sync.parts.sizes(taken.targets)
-    job.noise.keep(squares, sizes, spent_s, norm, taken.outcome.tokens)
+    sizes = job.sync.parts.sizes(taken.counts)
+    job.noise.keep(squares, sizes, spent_s, norm, taken.outcome.count)
     return Advanced(taken.outcome, rate, norm)
 
 
@@ -67,7 +70,7 @@ def _apply(job: Job, outcome: Outcome, rate: float) -> float:
     """Update the weights, or skip the step on all ranks alike; returns the gradient norm."""
     with job.ledger.clock("optimizer"):
         done = job.sync.update(
-            divide_by=max(1, outcome.tokens),
+            divide_by=max(1, outcome.count),
             max_norm=job.config.max_grad_norm,
             learning_rate=rate,
         )
@@ -77,7 +80,7 @@ def _apply(job: Job, outcome: Outcome, rate: float) -> float:
         return done.gradient_norm
     progress.skipped += 1
     progress.skipped_in_row += 1
-    culprit = find_culprit(progress.step, job.feed, job.loss_sum, job.sync, job.votes)
+    culprit = find_culprit(progress.step, job.feed, job.measure, job.sync, job.votes)
     job.screen.warn(
         f"step {progress.step + 1}: gradient not finite on {culprit}; the step is skipped on all "
         f"replicas ({progress.skipped_in_row} of {SKIPS_IN_A_ROW} in a row)"

@@ -150,7 +150,7 @@ def _why_unknown(plan: Plan) -> str:
 
 
 def _batch_tokens(plan: Plan) -> int:
-    return plan.global_batch_size * plan.sequence_length
+    return plan.global_batch_size * plan.sample_tokens
 
 
 def _in_plan_tokens(noise: NoiseScale | None, plan: Plan) -> dict[str, float | None]:

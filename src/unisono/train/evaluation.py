@@ -1,4 +1,4 @@
-"""Loss on the held-out split: the exact mean per target token, whatever the number of replicas.
+"""Loss and metrics on the held-out split: the exact mean, whatever the number of replicas.
 
 Batches are dealt out to the ranks in turn; each batch's sum has a slot of its own in the vector that
 is added over ranks, and the slots are added in order. Batches have MOST_ROWS rows, or the
@@ -7,15 +7,17 @@ micro-batch's where that is smaller: as long as that is the same, so are the bit
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from unisono.data.blocks import NO_LABEL, Batch, Blocks
+from unisono.data.pairs import Samples
 from unisono.mesh import Mesh
 from unisono.sync.ledger import Group
+from unisono.train.objective import Measured, flat, means
 from unisono.train.trial import is_out_of_memory
 
 MOST_ROWS = 8
@@ -26,8 +28,9 @@ ROUNDS_BETWEEN_VOTES = 8
 @dataclass(frozen=True)
 class Evaluation:
     loss: float
-    """Mean per target token, nats."""
-    tokens: int
+    """Mean per target token, nats; or per whatever the objective counts."""
+    count: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -36,8 +39,8 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    blocks: Blocks,
-    loss_sum: Callable[[Batch], torch.Tensor],
+    blocks: Samples,
+    measure: Callable[[Any], Measured],
     group: Group,
     *,
     batch_rows: int,
@@ -45,6 +48,7 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     lockstep: bool = False,
     mesh: Mesh | None = None,
+    metrics: tuple[str, ...] = (),
 ) -> Evaluation | None:
     """Collective: evaluate on the first `most_rows` samples, or all. None when `stop` said so.
 
@@ -54,12 +58,12 @@ def evaluate(
     `batch_rows`: what surely fits into memory, a micro-batch; MOST_ROWS at most are used.
     """
     mesh = mesh or Mesh(replica=group.size)
-    # As in train/step.py.
-    tells, leads = mesh.tensor_rank(group.rank) == 0, mesh.leads(group.rank)
+    tells = mesh.tensor_rank(group.rank) == 0  # as in train/step.py
     rows = len(blocks) if most_rows is None else min(most_rows, len(blocks))
     size = min(MOST_ROWS, batch_rows)
     batches = math.ceil(rows / size)
-    sums = [0.0] * (2 * batches)
+    width = 2 + 2 * len(metrics)
+    sums = [0.0] * (width * batches)
     no_memory = False
     was_training = model.training
     model.eval()
@@ -74,20 +78,19 @@ def evaluate(
                 first = min(index, batches - 1) * size
                 batch = blocks.read(np.arange(first, min(first + size, rows)))
                 try:
-                    loss = float(loss_sum(batch))
+                    found = measure(batch)
+                    slots = [float(found.loss), float(found.count), *flat(metrics, found.sums)]
                 except (RuntimeError, MemoryError) as error:
                     if lockstep or not is_out_of_memory(error):
                         raise
                     no_memory = True
                     continue
                 if index < batches and tells:
-                    sums[index] = loss
-                    targets = (batch.labels[:, 1:] != NO_LABEL).sum()
-                    sums[batches + index] = float(targets) if leads else 0.0
+                    sums[index::batches] = slots
     finally:
         model.train(was_training)
     *totals, ranks_without = group.sum(*sums, float(no_memory))
     if ranks_without:
         return Evaluation(math.nan, 0)
-    tokens = int(sum(totals[batches:]))
-    return Evaluation(sum(totals[:batches]) / tokens if tokens else math.nan, tokens)
+    loss, counted, *rest = (sum(totals[k * batches : (k + 1) * batches]) for k in range(width))
+    return Evaluation(loss / counted if counted else math.nan, int(counted), means(metrics, rest))

@@ -81,6 +81,8 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
 
     Only rank 0 has the probe, so only its answer is the run's.
     """
+    if job.online:
+        return "how long completions will be is not known"
     plan, votes, world = job.plan, job.votes, job.world
     link = job.link
     if link is None and world.size > 1:
@@ -125,7 +127,7 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     alone_s = plan.accumulation * (passes.forward_s + passes.backward_s) + passes.optimizer_s
     if baseline:
         alone_s = plan.accumulation * baseline.alone_s + step.optimizer
-    tokens = plan.global_batch_size * plan.sequence_length
+    tokens = plan.global_batch_size * plan.sample_tokens
     return Forecast(
         step,
         tokens / step.total,
@@ -143,7 +145,7 @@ def _shared_pass(job: Job) -> tuple[float, float]:
     for _ in range(job.config.baseline_steps + 1):
         before = clock.read()
         with clock("compute"), job.sync.micro_batch(last=False):
-            job.loss_sum(batch).backward()
+            job.measure(batch).loss.backward()
         job.sync.discard()
         after = clock.read()
         spent = [after.get(p, 0.0) - before.get(p, 0.0) for p in ("compute", "communication")]

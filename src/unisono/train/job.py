@@ -15,11 +15,13 @@ import psutil
 import torch
 
 from unisono.attention.choose import Choice, choose
-from unisono.config import Config
-from unisono.data.blocks import Batch, Blocks
+from unisono.config import AttentionConfig, Config
+from unisono.data.blocks import read_index
 from unisono.data.examples import examples
 from unisono.data.order import Order
+from unisono.data.pairs import Pairs, Samples
 from unisono.data.prepare import Prepared, prepare
+from unisono.data.prompts import PreparedPrompts, Prompts, prepare_prompts
 from unisono.data.show import masks
 from unisono.data.tokenizer import check_vocabulary, load_tokenizer
 from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoError
@@ -41,13 +43,19 @@ from unisono.sync.tensor import apply, divide
 from unisono.train import checkpoint, tuning
 from unisono.train.context import Parts, asked_attention, make_parts, with_context
 from unisono.train.known import find_probe, link_of
-from unisono.train.objective import causal_lm
+from unisono.train.objective import Measured, Objective, causal_lm, target_tokens
+from unisono.train.online import Online, OnlineFeed, make_online, policy_of
+from unisono.train.preference import preference
+from unisono.train.reference import reference_of, with_reference
+from unisono.train.reward import reward
+from unisono.train.reward_funcs import load_rewards
 from unisono.train.state import load_optimizer, optimizer_factory
 from unisono.train.step import Feed
 from unisono.train.stopping import Stop
 from unisono.train.together import attempt
 from unisono.train.trial import find_micro_batch, seconds_of_pass
 from unisono.train.tuning import Tuner
+from unisono.train.vote import Outcome
 from unisono.world import World, cache_folder
 
 if TYPE_CHECKING:
@@ -59,7 +67,10 @@ AMPLE = 0.25
 """Of the free memory may go to weights, gradients and optimizer before shards are for memory's sake."""
 TUNED = "tuned"
 """In the cache folder: sizes of buckets that were found."""
-SAME_RUN = ("seed", "global_batch_size", "sequence_length", "optim", "determinism", "lora")
+SAME_RUN = (
+    "seed", "global_batch_size", "sequence_length", "optim", "determinism", "lora", "dpo", "reward",
+    "grpo",
+)  # fmt: skip
 """Fields that a resumed run must share with its checkpoint to be the same run."""
 
 
@@ -90,14 +101,17 @@ class Job:
     votes: Group
     tokenizer: "PreTrainedTokenizerFast"
     model: "PreTrainedModel"
-    prepared: Prepared
-    train_blocks: Blocks
-    eval_blocks: Blocks
+    prepared: Prepared | PreparedPrompts
+    train_blocks: Samples | Prompts
+    eval_blocks: Samples | Prompts
     order: Order
+    objective: Objective
     sync: Strategy
     plan: Plan
     flops: Flops
     """Of the whole model."""
+    online: Online | None = None
+    """What draws completions and rewards them, in online tuning."""
     parts: Parts | None = None
     """Of sequences, where the context axis has several ranks."""
     progress: Progress = field(default_factory=Progress)
@@ -112,6 +126,12 @@ class Job:
 
     @property
     def feed(self) -> Feed:
+        if self.online:
+            assert isinstance(self.train_blocks, Prompts)
+            return OnlineFeed(
+                self.train_blocks, self.order, self.plan, self.config.seed, self.online
+            )
+        assert not isinstance(self.train_blocks, Prompts)
         return Feed(self.train_blocks, self.order, self.plan, self.config.seed)
 
     @property
@@ -124,14 +144,21 @@ class Job:
         """What a resumed run must find unchanged."""
         return _identity(self.prepared)
 
-    def loss_sum(self, batch: Batch) -> torch.Tensor:
-        """Of `batch`, or of this rank's part of its sequences."""
+    def tokens_of(self, outcome: Outcome) -> int:
+        """That the step at hand processed: padding included, or what was generated."""
+        if self.online:
+            length = list(self.objective.metrics).index("completions/mean_length")
+            return int(outcome.sums[2 * length])
+        return len(self.plan.positions(self.progress.step)) * self.plan.sample_tokens
+
+    def measure(self, batch: Any) -> Measured:
+        """The objective of `batch`, or of this rank's part of its sequences."""
         model, device, bf16 = self.sync.model, self.world.device, self.config.bf16
         if self.parts is None:
-            return causal_lm(model, batch, device, bf16)
+            return self.objective.measure(model, batch, device, bf16)
         part = self.parts.of(batch)
         with self.parts.reaching(part):
-            return causal_lm(model, part, device, bf16)
+            return self.objective.measure(model, part, device, bf16)
 
 
 def set_up(
@@ -147,29 +174,50 @@ def set_up(
         ).on_every_rank()
     mesh = mesh_of(config, world.size)
     _refuse_lora(config, mesh)
+    _refuse_grpo(config, mesh)
+    _refuse_pairs(config, mesh)
+    objective = make_objective(config)
     _same_threads(votes, screen)
     run = Path(config.output_dir)
-    tokenizer, prepared = _prepare_data(config, world, screen, ledger, run)
+    named = config.grpo.reward_funcs if config.grpo else ()
+    rewards = attempt(votes, lambda: load_rewards(named, world.device)) or []
+    made_by = "".join(reward.digest for reward in rewards)
+    tokenizer, prepared = _prepare_data(config, world, screen, ledger, run, made_by)
     train_blocks, eval_blocks = prepared.blocks("train"), prepared.blocks("eval")
     found = _find_checkpoint(config, run, _identity(prepared), world, votes, screen)
+    if config.dpo is not None and not config.dpo.reference_free:
+        assert isinstance(prepared, Prepared)
+        train_blocks, eval_blocks = _with_reference(
+            config, mesh, world, screen, ledger, tokenizer, prepared, (train_blocks, eval_blocks)
+        )
 
-    def build_model() -> "tuple[PreTrainedModel, Choice]":
+    def build_model() -> "tuple[PreTrainedModel, Choice, Any]":
         model = load_model(
             str(found.path) if found and config.lora is None else config.model,
             tokenizer,
             seed=config.seed,
             sequence_length=config.sequence_length,
             gradient_checkpointing=config.gradient_checkpointing,
+            score=config.reward is not None,
         )
+        if config.wants_pairs:
+            _without_dropout(model)
         check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
         if config.lora is not None:
             wanted = config.lora.model_dump()
-            model = adapter.attach(model, wanted, config.seed, found.path if found else None)
-        return model, choose(model, asked_attention(config, mesh), world.device)
+            model = adapter.attach(
+                model,
+                wanted,
+                config.seed,
+                found.path if found else None,
+                score=config.reward is not None,
+            )
+        policy = policy_of(model) if config.grpo else None  # before anything is hooked
+        return model, choose(model, asked_attention(config, mesh), world.device), policy
 
     built = attempt(votes, build_model)
     assert built is not None
-    model, attention = built
+    model, attention, policy = built
     # What is divided need never be whole on a device: slices go there, and FSDP's parts.
     whole = config.sync != "sharded"
     if whole and mesh.tensor == 1:
@@ -178,6 +226,15 @@ def set_up(
         broadcast_model(model, votes)
     else:
         _share_adapters(model, votes)
+    online = None
+    if config.grpo is not None:
+        online = attempt(
+            votes, lambda: make_online(config, world, policy, rewards, tokenizer, ledger.clock)
+        )
+        assert online is not None
+        if online.reference is not None:
+            check_replicas(online.reference.named_parameters(), votes, step=0)
+        objective = online.objective
     division = attempt(votes, lambda: divide(model, mesh.tensor)) if mesh.tensor > 1 else None
     if division and division.note:
         screen.say(f"tensor: {division.note}", "dim")
@@ -189,6 +246,8 @@ def set_up(
         gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
         train_samples=len(train_blocks),
         eval_samples=len(eval_blocks),
+        sample_rows=2 if config.wants_pairs else 1,
+        row_tokens=_row_tokens(prepared) if config.wants_pairs else 0,
         divided=division.divided if division else Divided(),
         once=_kept(model) if config.sync == "sharded" else 0.0,
         attention=(attention.name, attention.reason),
@@ -202,7 +261,7 @@ def set_up(
     link = _link(config, world, votes, probe)
     # A pass that communicates is not what one rank does alone.
     if link and plan.shard_optimizer and config.shard_optimizer == "auto" and mesh.inner == 1:
-        run_rows = partial(_pass, config, world, model, train_blocks)
+        run_rows = partial(_pass, config, world, objective, model, train_blocks)
         timed = partial(seconds_of_pass, run_rows, plan.micro_batch_size, model, world.device)
         compute_s = attempt(votes, timed)
         assert compute_s is not None
@@ -239,7 +298,7 @@ def set_up(
     )
     job = Job(
         config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
-        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), sync, plan, flops, parts, link=link, probe=probe, tuner=tuner,
+        train_blocks, eval_blocks, Order(len(train_blocks), config.seed), objective, sync, plan, flops, online, parts, link=link, probe=probe, tuner=tuner,
     )  # fmt: skip
     if found and strict:
         _check_same_bits(found, plan, config)
@@ -258,6 +317,20 @@ def set_up(
     screen.plan(describe(job.plan, config, world, facts))
     attempt(votes, lambda: _write_plan(job), world.is_main)
     return job
+
+
+def make_objective(config: Config) -> Objective:
+    """What `config` asks to minimise."""
+
+    if config.dpo is not None:
+        return preference(config.dpo)
+    if config.reward is not None:
+        return reward(config.reward)
+
+    def language(model: Any, batch: Any, device: str, bf16: bool) -> Measured:
+        return Measured(causal_lm(model, batch, device, bf16), target_tokens(batch))
+
+    return Objective(language)
 
 
 def _kept(model: torch.nn.Module) -> float:
@@ -291,6 +364,103 @@ def _refuse_lora(config: Config, mesh: Mesh) -> None:
             f"mesh.tensor: found {mesh.tensor} with lora, whose adapters are not divided; write "
             f"mesh.tensor: 1"
         ).on_every_rank()
+
+
+def _refuse_grpo(config: Config, mesh: Mesh) -> None:
+    """Where completions cannot be drawn as asked."""
+    if config.grpo is None:
+        return
+    for name in ("dpo", "reward"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name}: found with grpo; a run has one objective: leave one of them out"
+            ).on_every_rank()
+    apart = [a for a in ("shard", "context", "tensor") if getattr(mesh, a) > 1]
+    if config.sync == "sharded" or apart:
+        what = "sync: found sharded" if config.sync == "sharded" else f"mesh.{apart[0]}: found {getattr(mesh, apart[0])}"  # fmt: skip
+        raise ConfigError(
+            f"{what} with grpo; every replica generates with the whole model: write sync: exact and "
+            f"replicas only (lora makes optimizer and gradients small)"
+        ).on_every_rank()
+    if isinstance(config.attention, AttentionConfig):
+        raise ConfigError(
+            "attention: found a mapping with grpo; completions are drawn with the model's own attention, and "
+            "must be learned with the same: write attention: auto"
+        ).on_every_rank()
+    if config.data.packing != "auto":
+        raise ConfigError(
+            f"data.packing: found {config.data.packing} with grpo; prompts and completions are not packed: "
+            f"leave it out"
+        ).on_every_rank()
+
+
+def _refuse_pairs(config: Config, mesh: Mesh) -> None:
+    """Where preference pairs cannot be trained on as asked."""
+    name = "dpo" if config.dpo is not None else "reward"
+    for axis, size in (("context", mesh.context), ("tensor", mesh.tensor)):
+        if config.wants_pairs and size > 1:
+            raise ConfigError(
+                f"mesh.{axis}: found {size} with {name}, whose answers are scored whole by each rank; "
+                f"write mesh.{axis}: 1"
+            ).on_every_rank()
+
+
+def _with_reference(
+    config: Config,
+    mesh: Mesh,
+    world: World,
+    screen: Screen,
+    ledger: Ledger,
+    tokenizer: "PreTrainedTokenizerFast",
+    prepared: Prepared,
+    splits: tuple[Samples | Prompts, Samples | Prompts],
+) -> tuple[Samples, Samples]:
+    """Collective: both splits with the log-probabilities of the model as it was."""
+    from unisono.evaluate.model import find
+
+    patient = Group("reference", Ledger(whereabouts=ledger.whereabouts), PREPARATION_TIMEOUT_S)
+    model = str(config.model)
+
+    def load() -> "PreTrainedModel":
+        loaded = load_model(
+            model, tokenizer, seed=config.seed, sequence_length=config.sequence_length
+        )
+        choose(loaded, asked_attention(config, mesh), world.device)
+        return loaded
+
+    source = attempt(patient, lambda: find(model), world.is_main)
+    made_from = {
+        "model": source.digest if source else "",
+        "dtype": "bfloat16" if config.bf16 else "float32",
+        "attention": str(config.attention),
+        "device": world.device.split(":")[0],
+    }
+    own = prepared.eval_folder
+    folders = [prepared.folder, own] if own else [prepared.folder]
+    values = [
+        reference_of(
+            folder, {**made_from, "data": folder.name}, cache_folder(), load, patient, world.device,
+            config.bf16, lambda share: screen.preparing("reference", share),
+        )
+        for folder in folders
+    ]  # fmt: skip
+    train, evaluation = splits
+    assert isinstance(train, Pairs) and isinstance(evaluation, Pairs)
+    return with_reference(train, values[0]), with_reference(evaluation, values[-1])
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Two answers are compared, with one another and with a reference, under the same network; as TRL has
+    it. What `lora.dropout` asks for comes later and stays."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def _row_tokens(prepared: Prepared | PreparedPrompts) -> int:
+    """Mean of an answer with its prompt."""
+    assert isinstance(prepared, Prepared)
+    return max(1, round(prepared.num_tokens / read_index(prepared.folder).num_blocks))
 
 
 def _share_adapters(model: torch.nn.Module, votes: Group) -> None:
@@ -383,18 +553,24 @@ def _write_plan(job: Job) -> None:
 
 
 def _prepare_data(
-    config: Config, world: World, screen: Screen, ledger: Ledger, run: Path
-) -> tuple["PreTrainedTokenizerFast", Prepared]:
-    """Collective: tokenize once on each host, then open it on every rank."""
+    config: Config, world: World, screen: Screen, ledger: Ledger, run: Path, made_by: str
+) -> tuple["PreTrainedTokenizerFast", Prepared | PreparedPrompts]:
+    """Collective: tokenize once on each host, then open it on every rank.
+
+    `made_by`: digest of what else prompts become samples by.
+    """
     apart = Ledger(whereabouts=ledger.whereabouts)  # no part of the run, but a hang has a name
     patient = Group("preparation", apart, PREPARATION_TIMEOUT_S)
     cache = cache_folder()
     quarantine = run / "quarantine.jsonl"
 
-    def both() -> tuple["PreTrainedTokenizerFast", Prepared]:
+    def both() -> tuple["PreTrainedTokenizerFast", Prepared | PreparedPrompts]:
         tokenizer = load_tokenizer(
             config.model, config.tokenizer, config.data, cache, screen.preparing
         )
+        if config.grpo:
+            mine = quarantine if world.is_main else None
+            return tokenizer, prepare_prompts(config, tokenizer, mine, made_by)
         return tokenizer, prepare(config, tokenizer, cache, quarantine, screen.preparing)
 
     attempt(patient, both, mine=world.local_rank == 0)
@@ -406,10 +582,7 @@ def _prepare_data(
             "data: the hosts have different data or tokenizers; copy one to all"
         ).on_every_rank()
     found = result[1]
-    screen.say(
-        f"data: {found.num_documents:,} documents, {found.num_tokens:,} tokens, "
-        f"{found.num_blocks + found.num_eval_blocks:,} samples of {config.sequence_length} tokens"
-    )
+    screen.say(f"data: {found.told()}")
     if found.num_dialogues and world.is_main:
         screen.show(masks(tuple(examples(config, result[0], count=2))))
     for note in (*found.problems, *found.notes):
@@ -417,18 +590,25 @@ def _prepare_data(
     return result
 
 
-def _identity(prepared: Prepared) -> dict[str, Any]:
+def _identity(prepared: Prepared | PreparedPrompts) -> dict[str, Any]:
     return {"digest": prepared.digest, "samples": prepared.num_blocks}
 
 
 def try_rows(job: Job, rows: int) -> None:
     """Forward and backward of `rows` samples, for timing."""
-    _pass(job.config, job.world, job.sync.model, job.train_blocks, rows)
+    _pass(job.config, job.world, job.objective, job.sync.model, job.train_blocks, rows)
 
 
-def _pass(config: Config, world: World, model: torch.nn.Module, blocks: Blocks, rows: int) -> None:
+def _pass(
+    config: Config,
+    world: World,
+    objective: Objective,
+    model: torch.nn.Module,
+    blocks: Samples | Prompts,
+    rows: int,
+) -> None:
     batch = blocks.read([i % len(blocks) for i in range(rows)])
-    causal_lm(model, batch, world.device, config.bf16).backward()
+    objective.measure(model, batch, world.device, config.bf16).loss.backward()
 
 
 def own_samples(job: Job) -> list[int]:
@@ -539,13 +719,15 @@ def _check_same_run(config: Config, found: checkpoint.Manifest, data: dict[str, 
                 f"{name}: found {now!r}, but {found.path} was trained with {then!r}; write "
                 f"{name}={then!r} to go on, or another output_dir to start anew"
             )
-    if config.lora is not None and before["model"] != config.model:
+    compared = config.dpo or (config.grpo and config.grpo.beta)
+    if (config.lora or compared) and before["model"] != config.model:
+        what = "holds adapters of" if config.lora else "was compared with"
         raise ConfigError(
-            f"model: found {config.model!r}, but {found.path} holds adapters of {before['model']!r}; "
+            f"model: found {config.model!r}, but {found.path} {what} {before['model']!r}; "
             f"restore it to go on, or choose another output_dir to start anew"
         )
     if found.meta["data"] != data:
         raise ConfigError(
-            f"data: not what {found.path} was trained on (files, tokenizer, packing or split "
-            f"changed); restore them to go on, or choose another output_dir to start anew"
+            f"data: not what {found.path} was trained on (files, tokenizer, packing, split "
+            f"or reward functions changed); restore them to go on, or choose another output_dir to start anew"
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from unisono import __version__
 from unisono.clock import PHASES, STEP_PHASES
 from unisono.config import Config
 from unisono.data import ledger as sample_ledger
+from unisono.data.prompts import Prompts
 from unisono.errors import CheckpointError, Stopped
 from unisono.files import JsonLines, RunLock, truncate_after, up_to, write_json
 from unisono.observe import goodput, metrics, timeline
@@ -53,6 +55,8 @@ from unisono.train.job import (
     try_rows,
     weights_digest,
 )
+from unisono.train.objective import means
+from unisono.train.online import Online, evaluate_prompts
 from unisono.train.recompute import time_recomputation
 from unisono.train.state import Weights, exhaust, publish_model, save_state
 from unisono.train.stopping import watching
@@ -63,6 +67,8 @@ from unisono.world import World, cache_folder, joined
 RECEIPT = "receipt.json"
 ENVIRONMENT = "environment.json"
 SAMPLES = "samples"
+COMPLETIONS = "completions.jsonl"
+"""Some of each step that is logged, with their rewards, in online tuning."""
 
 
 def train(config: Config, world: World, screen: Screen) -> Receipt | None:
@@ -91,7 +97,7 @@ def take_steps(job: Job) -> Receipt:
     baseline = measure_baseline(
         partial(try_rows, job),
         plan.micro_batch_size,
-        config.baseline_steps,
+        0 if job.online else config.baseline_steps,  # completions are of no known length
         job.sync,
         job.votes,
         world.device,
@@ -109,6 +115,9 @@ def take_steps(job: Job) -> Receipt:
     clock.restart()
     stamps.began()
     job.stop.graceful = True
+    if job.online and progress.step == 0 and len(job.eval_blocks):
+        with clock("evaluation"):
+            _evaluate(job, log)
     job.screen.start_steps(progress.step, plan.max_steps)
     stopping = False
     while progress.step < plan.max_steps and not stopping:
@@ -129,15 +138,15 @@ def take_steps(job: Job) -> Receipt:
         if recorded:
             log.record(progress.step + 1)
         log.samples()
-        rows = len(plan.positions(progress.step))
+        tokens = job.tokens_of(advanced.outcome)
         progress.step += 1
-        progress.tokens += rows * plan.sequence_length
+        progress.tokens += tokens
         step, last = progress.step, progress.step == plan.max_steps
         stopping = advanced.outcome.stop and not last
         if config.check_replicas_every and step % config.check_replicas_every == 0:
             check_replicas(job.sync.replicated(), job.votes, step)
         log.follow(advanced)
-        log.step(advanced, step_s, final=last or stopping)
+        log.step(advanced, step_s, tokens, final=last or stopping)
         if job.tuner and not job.tuner.done:
             _tune(job, log, advanced)
         better = False
@@ -170,7 +179,9 @@ class _Window:
     """What happened since the last row of metrics."""
 
     loss_sum: float = 0.0
-    targets: int = 0
+    count: int = 0
+    sums: list[float] = field(default_factory=list)
+    """Of the objective's metrics."""
     tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
@@ -215,6 +226,7 @@ class Log:
         )
         self._rows: JsonLines | None = None
         self._ranks: JsonLines | None = None
+        self._completions: JsonLines | None = None
         if job.world.is_main:
             facts = environment(device=name, replicas=job.world.size, unisono=__version__)
             write_json(job.run / ENVIRONMENT, facts)
@@ -222,6 +234,9 @@ class Log:
             self._rows = JsonLines(job.run / timeline.FILE)
             truncate_after(job.run / RANKS, up_to(self.first_step))
             self._ranks = JsonLines(job.run / RANKS)
+            if job.online:
+                truncate_after(job.run / COMPLETIONS, up_to(self.first_step))
+                self._completions = JsonLines(job.run / COMPLETIONS)
 
     @contextmanager
     def _disk_may_fail(self, what: str) -> Iterator[None]:
@@ -284,22 +299,25 @@ class Log:
             with self._disk_may_fail("metrics.jsonl"):
                 self.metrics.write(self.job.progress.step, **values)
 
-    def step(self, advanced: Advanced, seconds: float, final: bool) -> None:
+    def step(self, advanced: Advanced, seconds: float, tokens: int, final: bool) -> None:
         """Count a step; a row every `logging_steps` and at the end; the live line always."""
         job, window = self.job, self._window
         plan, progress, outcome = job.plan, job.progress, advanced.outcome
         self.loss = outcome.loss
         window.loss_sum += sum(outcome.losses)
-        window.targets += outcome.tokens
-        window.tokens += len(plan.positions(progress.step - 1)) * plan.sequence_length
+        window.count += outcome.count
+        window.sums = [a + b for a, b in zip_longest(window.sums, outcome.sums, fillvalue=0.0)]
+        window.tokens += tokens
         window.seconds += seconds
         window.steps += 1
         phases = job.ledger.clock.read()
         if progress.step % job.config.logging_steps == 0 or final:
             spent = {p: phases.get(p, 0.0) - window.phases_before.get(p, 0.0) for p in PHASES}
             total = sum(spent[p] for p in STEP_PHASES) or 1.0
+            found = means(job.objective.metrics, window.sums)
             self.write(
-                train__loss=window.loss_sum / max(1, window.targets),
+                train__loss=window.loss_sum / max(1, window.count),
+                **{f"train__{name}": value for name, value in found.items()},
                 train__learning_rate=advanced.learning_rate,
                 train__grad_norm=advanced.gradient_norm,
                 train__epoch=job.epoch,
@@ -308,26 +326,35 @@ class Log:
                 **self._use(window),
                 comm__exposed_fraction=spent["communication"] / total,
                 comm__waiting_fraction=spent["waiting"] / total,
-                **batch_advice.metrics(job.noise.scale(), plan, progress.tokens),
+                **(
+                    {}
+                    if job.online
+                    else batch_advice.metrics(job.noise.scale(), plan, progress.tokens)
+                ),
                 **{f"time__{p}_s": seconds for p, seconds in spent.items()},
             )
             self._window = _Window(phases_before=phases)
+            if self._completions and job.online:
+                with self._disk_may_fail(COMPLETIONS):
+                    for row in job.online.shown:
+                        self._completions.append({"step": progress.step, **row})
             if self._ranks:
                 with self._disk_may_fail(RANKS):
                     self._ranks.append(self.account.row(progress.step))
-        self._live_line(phases)
+        self._live_line(phases, means(job.objective.metrics, outcome.sums))
 
     def _use(self, window: _Window) -> dict[str, float]:
         """Of memory, and of the peak where there is a known one."""
         found = {"perf__memory_bytes": float(memory_bytes(self.job.world.device))}
-        if self.peak.flops:
-            length = self.job.plan.sequence_length
+        if self.peak.flops and not self.job.online:
+            length = self.job.plan.row_tokens
             done = self.flops.model(window.tokens // length, length) / window.seconds
             found["perf__mfu"] = done / self.job.world.size / self.peak.flops
         return found
 
-    def _live_line(self, phases: dict[str, float]) -> None:
+    def _live_line(self, phases: dict[str, float], metrics: dict[str, float]) -> None:
         job = self.job
+        name = job.objective.shown
         total = sum(phases.values())
         stepping = sum(phases.get(p, 0.0) for p in STEP_PHASES)
         done = job.progress.step - self.first_step
@@ -338,6 +365,7 @@ class Log:
                 tokens_per_second=(job.progress.tokens - self.first_tokens) / stepping,
                 seconds_left=total / done * (job.plan.max_steps - job.progress.step),
                 exposed=(phases.get("communication", 0.0) + phases.get("waiting", 0.0)) / stepping,
+                metric=f"{name} {metrics[name]:.3f}" if name in metrics else "",
             ),
             job.plan.max_steps,
         )
@@ -349,7 +377,7 @@ class Log:
         seconds = job.ledger.clock.read()
         table = job.votes.each(*(seconds.get(p, 0.0) for p in PHASES))
         by_rank = [dict(zip(PHASES, row, strict=True)) for row in table.tolist()]
-        rows, length = plan.global_batch_size, plan.sequence_length
+        rows, length = plan.global_batch_size * plan.sample_rows, plan.row_tokens
         model, hardware = self.flops.model(rows, length), self.flops.hardware(rows, length)
         if job.world.device != "cpu":
             by_rank = [with_recomputation(s, 1 - model / hardware) for s in by_rank]
@@ -368,7 +396,7 @@ class Log:
         )
         return replace(
             receipt,
-            mfu=utilization(receipt, model, hardware, self.peak),
+            mfu=None if job.online else utilization(receipt, model, hardware, self.peak),
             memory_by_rank=memory,
             blame=blame,
             events=self.account.events,
@@ -379,7 +407,7 @@ class Log:
         self._samples.close()
         if self.metrics:
             self.metrics.close()
-        for lines in (self._rows, self._ranks, self._sessions):
+        for lines in (self._rows, self._ranks, self._completions, self._sessions):
             if lines:
                 lines.close()
         self._hooks.close()
@@ -409,31 +437,56 @@ def _evaluate(job: Job, log: Log) -> bool:
     """Collective: loss on the held-out split; returns whether it is the best so far."""
     config, progress = job.config, job.progress
     job.sync.settle()
+    if job.online:
+        return _evaluate_prompts(job, job.online, log)
+    assert not isinstance(job.eval_blocks, Prompts)
     result = evaluate(
         job.model,
         job.eval_blocks,
-        job.loss_sum,
+        job.measure,
         job.votes,
         batch_rows=job.plan.micro_batch_size,
         most_rows=config.eval_batches and config.eval_batches * config.global_batch_size,
         stop=job.stop.is_asked,
         lockstep=job.sync.lockstep,
         mesh=job.plan.mesh,
+        metrics=job.objective.metrics,
     )
     if result is None:
         return False
     if not math.isfinite(result.loss):
-        why = "the loss is not finite" if result.tokens else "memory ran out"
+        why = "the loss is not finite" if result.count else "memory ran out"
         job.screen.warn(f"step {progress.step}: no evaluation, {why}")
         return False
     log.eval_loss = result.loss
     better = progress.best_loss is None or result.loss < progress.best_loss
     if better:
         progress.best_loss, progress.best_step = result.loss, progress.step
-    log.write(eval__loss=result.loss, eval__perplexity=result.perplexity)
+    told = result.metrics if job.objective.metrics else {"perplexity": result.perplexity}
+    log.write(eval__loss=result.loss, **{f"eval__{name}": v for name, v in told.items()})
+    shown = job.objective.shown or "perplexity"
+    also = f", {shown} {told[shown]:.{2 if shown == 'perplexity' else 4}f}" if shown in told else ""
     job.screen.say(
-        f"step {progress.step}: held-out loss {result.loss:.4f}, perplexity "
-        f"{result.perplexity:.2f}{', the best so far' if better else ''}"
+        f"step {progress.step}: held-out loss {result.loss:.4f}{also}"
+        f"{', the best so far' if better else ''}"
+    )
+    return better
+
+
+def _evaluate_prompts(job: Job, online: Online, log: Log) -> bool:
+    """Collective: mean reward of held-out prompts; returns whether it is the best so far."""
+    config, progress = job.config, job.progress
+    assert isinstance(job.eval_blocks, Prompts)
+    most = config.eval_batches and config.eval_batches * config.global_batch_size
+    found = evaluate_prompts(online, job.eval_blocks, job.votes, job.plan.mesh, most)
+    # Checkpoints are compared by what is to be low.
+    better = progress.best_loss is None or -found["reward"] < progress.best_loss
+    if better:
+        progress.best_loss, progress.best_step = -found["reward"], progress.step
+    log.write(**{f"eval__{name}": value for name, value in found.items()})
+    job.screen.say(
+        f"step {progress.step}: held-out reward {found['reward']:.4f}, completions of "
+        f"{found['completions/mean_length']:.1f} tokens{', the best so far' if better else ''}"
     )
     return better
 
@@ -529,9 +582,13 @@ def _finish(
     publish_model(job.run, job.model, job.tokenizer, weights)
     used = log.ended()
     receipt = replace(receipt, samples=_audit(job), goodput=used.as_json() if used else None)
-    advice = batch_advice.advise(job.noise.scale(), job.plan, job.config, job.progress.tokens)
+    # What is known of batches is of text that is given.
+    advice = None
+    if not job.online:
+        advice = batch_advice.advise(job.noise.scale(), job.plan, job.config, job.progress.tokens)
     facts = {"step": job.progress.step, **receipt.as_json(), "digest": digest}
-    facts["batch_advice"] = advice.as_json()
+    if advice:
+        facts["batch_advice"] = advice.as_json()
     write_json(job.run / RECEIPT, facts)
     if job.config.sample_prompt is not None:
         from unisono.generate import continue_text, generate
@@ -545,7 +602,8 @@ def _finish(
         job.screen.say("\nSample", "bold")
         job.screen.say(text + "\n")
     job.screen.show(render(receipt))
-    job.screen.say("\n".join(advice.lines), "dim")
+    if advice:
+        job.screen.say("\n".join(advice.lines), "dim")
     if forecast is not None and receipt.steps:
         facts = foretell.beside(forecast, receipt, job.config.sync == "ddp")
         write_json(job.run / foretell.FILE, facts)

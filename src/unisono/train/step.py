@@ -1,23 +1,27 @@
 """One optimizer step: this replica's micro-batches, the vote, and who is to blame if it fails."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from unisono.data.blocks import NO_LABEL, Batch, Blocks
 from unisono.data.order import Order
+from unisono.data.pairs import Samples
 from unisono.observe.arrival import Stamps
 from unisono.observe.noise import Meter
 from unisono.plan import Plan
 from unisono.sync import Strategy
 from unisono.sync.ledger import Group
+from unisono.train.objective import Measured, flat
 from unisono.train.trial import is_out_of_memory
 from unisono.train.vote import FAILED, FINE, OUT_OF_MEMORY, Ballot, Outcome, pack, unpack
 
-LossSum = Callable[[Batch], torch.Tensor]
+Measure = Callable[[Any], Measured]
+"""Of a batch, as the samples are read."""
 
 SLOW_STEP_S = 1.0
 """When steps take longer, a signal is also looked for between micro-batches."""
@@ -27,7 +31,7 @@ SLOW_STEP_S = 1.0
 class Feed:
     """Which samples a micro-batch holds: a pure function of step and micro-batch."""
 
-    blocks: Blocks
+    blocks: Samples
     order: Order
     plan: Plan
     seed: int
@@ -38,15 +42,16 @@ class Feed:
         rows = self.plan.rows(leaf)
         return self.order.at(np.asarray(positions[rows.start : rows.stop], dtype=np.int64))
 
-    def batch(self, step: int, leaf: int) -> Batch:
+    def begin(self, step: int, leaves: range) -> float:
+        """What this rank must make before it can read `leaves`; what it cost, in rows of one token."""
+        return 0.0
+
+    def batch(self, step: int, leaf: int) -> Any:
         """The micro-batch. An empty one is a row without targets, so that every rank computes."""
         samples = self.samples(step, leaf)
         if len(samples):
             return self.blocks.read(samples)
-        row = self.blocks.read(np.zeros(1, dtype=np.int64))
-        return Batch(
-            row.input_ids, np.full_like(row.labels, NO_LABEL), row.position_ids, row.packed
-        )
+        return self.blocks.read(np.zeros(1, dtype=np.int64)).blank()
 
     def seed_for(self, step: int, leaf: int) -> int:
         """Seed of dropout and the like: the same whichever rank runs the micro-batch."""
@@ -61,14 +66,15 @@ class Taken:
     outcome: Outcome | None
     error: BaseException | None = None
     """What failed on this rank, if it did."""
-    targets: list[int] = field(default_factory=list)
-    """Target tokens of each of this rank's micro-batches."""
+    counts: list[int] = field(default_factory=list)
+    """Of each of this rank's micro-batches, what the loss is divided by."""
 
 
 def take_step(
     step: int,
     feed: Feed,
-    loss_sum: LossSum,
+    measure: Measure,
+    metrics: tuple[str, ...],
     sync: Strategy,
     votes: Group,
     *,
@@ -83,19 +89,37 @@ def take_step(
     """
     plan = feed.plan
     leaves = plan.leaves(votes.rank)
-    # Tensor ranks have the same losses, context ranks each a part; targets are counted once for all.
-    tells, leads = plan.mesh.tensor_rank(votes.rank) == 0, plan.mesh.leads(votes.rank)
+    # Tensor ranks have the same losses, context ranks each a part.
+    tells = plan.mesh.tensor_rank(votes.rank) == 0
     ballot = Ballot(period=stamps.period)
     clock = sync.ledger.clock
     slow = stamps.slowest_s > SLOW_STEP_S
-    work = 0.0
+    work = drawn = 0.0
     error: BaseException | None = None
-    losses: list[torch.Tensor] = []
+    measured: list[Measured] = []
+
+    def failed_by(caught: Exception) -> None:
+        nonlocal error
+        if not sync.can_give_up:
+            raise caught
+        if is_out_of_memory(caught):
+            # Not kept: its traceback holds the activations that have to go.
+            ballot.trouble = OUT_OF_MEMORY
+        else:
+            ballot.trouble, error = FAILED, caught
+
+    try:
+        drawn = feed.begin(step, leaves)
+    except Exception as caught:
+        failed_by(caught)
     # Ranks that share samples have no gradient of their own ones alone.
     sync.parts.begin(measure=noise.due() and plan.mesh.inner == 1)
     for k in range(plan.accumulation):
         if slow:
-            asked, failed = votes.sum(float(stop()), float(ballot.trouble != FINE))
+            with clock(
+                "communication"
+            ):  # where one waits here for another's completions, it is told
+                asked, failed = votes.sum(float(stop()), float(ballot.trouble != FINE))
             if failed:
                 break
             if asked:
@@ -104,7 +128,7 @@ def take_step(
         elif ballot.trouble != FINE:
             break
         leaf = leaves[k]
-        loss = None
+        found = None
         try:
             # Entered even if reading fails: the others may wait for this rank in it.
             with clock("compute"), sync.micro_batch(last=k == plan.accumulation - 1):
@@ -112,37 +136,32 @@ def take_step(
                     batch = feed.batch(step, leaf)
                 work += stamps.flops(*batch.input_ids.shape)
                 torch.manual_seed(feed.seed_for(step, leaf))
-                loss = loss_sum(batch)
-                loss.backward()
+                found = measure(batch)
+                found.loss.backward()
             if tells:
-                losses.append(loss.detach())
-                targets = int((batch.labels[:, 1:] != NO_LABEL).sum())
-                ballot.tokens.append(targets if leads else 0)
+                measured.append(replace(found, loss=found.loss.detach()))
             sync.parts.after(k + 1, plan.accumulation, sync.local_gradients())
         except Exception as caught:
-            if not sync.can_give_up:
-                raise
-            if is_out_of_memory(caught):
-                # Not kept: its traceback holds the activations that have to go.
-                ballot.trouble = OUT_OF_MEMORY
-            else:
-                ballot.trouble, error = FAILED, caught
-    loss = None
+            failed_by(caught)
+    found = None
     with clock("compute"):  # on a GPU this is where the backward pass is waited for
-        ballot.losses = [float(loss) for loss in losses]
+        ballot.losses = [float(m.loss) for m in measured]
+        ballot.counts = [m.count for m in measured]
+        each = [flat(metrics, m.sums) for m in measured]
+        ballot.sums = [math.fsum(s) for s in zip(*each, strict=True)] or [0.0] * 2 * len(metrics)
     ballot.stop = stop()
     vote = pack(ballot, votes.rank, votes.size, plan.micro_batches, leaves.start)
-    stamps.arrived(work)
+    stamps.arrived(work, drawn)
     values = sync.finish(*vote, *noise.told())
     stamps.left()
     noise.hear(values[len(vote) :])
-    outcome = unpack(values, votes.size, plan.micro_batches)
+    outcome = unpack(values[: len(vote)], votes.size, plan.micro_batches)
     stamps.slowest_s = outcome.step_s
     stamps.settle(outcome.periods, votes.rank)
-    return Taken(outcome, error, ballot.tokens)
+    return Taken(outcome, error, ballot.counts)
 
 
-def find_culprit(step: int, feed: Feed, loss_sum: LossSum, sync: Strategy, votes: Group) -> str:
+def find_culprit(step: int, feed: Feed, measure: Measure, sync: Strategy, votes: Group) -> str:
     """Collective: why the gradient of `step` was not finite: rank, tensor, samples, in words.
 
     Repeats this rank's micro-batches without communication and looks at each one's own gradients,
@@ -158,7 +177,7 @@ def find_culprit(step: int, feed: Feed, loss_sum: LossSum, sync: Strategy, votes
         # What fails here costs the explanation, not the run.
         with suppress(Exception), sync.micro_batch(last=False):
             torch.manual_seed(feed.seed_for(step, candidate))
-            loss_sum(feed.batch(step, candidate)).backward()
+            measure(feed.batch(step, candidate)).loss.backward()
             bad = next(_not_finite(sync), None)
         if bad is not None and leaf < 0:
             leaf, tensor = candidate, names.index(bad)

@@ -1,9 +1,10 @@
 """What the ranks tell each other once a step, in one small all-reduce of float64.
 
 Every rank fills its own slots and leaves zeros elsewhere, so the sum is exact and the same bits on
-all ranks: the loss of each micro-batch (added afterwards in a fixed order), token counts, whether a
-signal asked for the end, whether somebody ran out of memory or failed, and where the time of its previous
-step went (observe/arrival.py).
+all ranks: the loss of each micro-batch (added afterwards in a fixed order) and what it is divided by,
+sums of metrics (of all ranks in the same slots, so they may differ in the last bit), whether a signal asked for
+the end, whether somebody ran out of memory or failed, and where the time of its previous step went
+(observe/arrival.py).
 Ranks act on the sum only, never on what they know alone; that is how all skip, stop or repeat the
 same step.
 """
@@ -18,14 +19,16 @@ FINE, OUT_OF_MEMORY, FAILED = 0, 1, 2
 
 @dataclass
 class Ballot:
-    """One rank's part. `losses` and `tokens` of its own micro-batches, in order."""
+    """One rank's part. `losses` and `counts` of its own micro-batches, in order."""
 
     losses: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     stop: bool = False
     trouble: int = FINE
     period: Period = field(default_factory=Period)
     """Of the previous step; only now it is known."""
+    sums: list[float] = field(default_factory=list)
+    """(sum, count) of each metric, one after the other; as many on every rank."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,15 @@ class Outcome:
 
     losses: list[float]
     """By micro-batch of the global batch."""
-    tokens: int
+    count: int
+    """What the sum of the losses is divided by."""
     stop: bool
     trouble: list[int]
     """By rank."""
     periods: list[Period]
     """By rank, of the previous step; of no length in the first."""
+    sums: list[float] = field(default_factory=list)
+    """(sum, count) of each metric over the global batch."""
 
     @property
     def step_s(self) -> float:
@@ -53,8 +59,8 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """Mean per target token over the global batch."""
-        return sum(self.losses) / self.tokens if self.tokens else math.nan
+        """Mean over the global batch, per target token or whatever the objective counts."""
+        return sum(self.losses) / self.count if self.count else math.nan
 
 
 def pack(ballot: Ballot, rank: int, size: int, leaves: int, start: int) -> list[float]:
@@ -64,11 +70,11 @@ def pack(ballot: Ballot, rank: int, size: int, leaves: int, start: int) -> list[
     """
     values = [0.0] * (2 * leaves + (2 + len(NAMES)) * size)
     values[start : start + len(ballot.losses)] = ballot.losses
-    values[leaves + start : leaves + start + len(ballot.tokens)] = map(float, ballot.tokens)
+    values[leaves + start : leaves + start + len(ballot.counts)] = map(float, ballot.counts)
     own = [float(ballot.stop), float(ballot.trouble), *values_of(ballot.period)]
     for k, value in enumerate(own):
         values[2 * leaves + k * size + rank] = value
-    return values
+    return values + ballot.sums
 
 
 def unpack(values: list[float], size: int, leaves: int) -> Outcome:
@@ -77,8 +83,9 @@ def unpack(values: list[float], size: int, leaves: int) -> Outcome:
     )
     return Outcome(
         losses=values[:leaves],
-        tokens=int(sum(values[leaves : 2 * leaves])),
+        count=int(sum(values[leaves : 2 * leaves])),
         stop=any(stop),
         trouble=[int(t) for t in trouble],
         periods=[Period(*own) for own in zip(*spent, strict=True)],
+        sums=values[2 * leaves + (2 + len(NAMES)) * size :],
     )

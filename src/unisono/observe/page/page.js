@@ -670,7 +670,7 @@ function showRun(run) {
       run.time.by_rank && byRank(run.time.by_rank), run.said.length ? said(run) : null, run.advice.length ? advice(run) : null));
   }
   if (run.timeline) parts.push(section("Timeline of a step", "", timeline(run, run.timeline)));
-  parts.push(chartsOf(run, "Learning", "loss", "rate", "norm"));
+  parts.push(chartsOf(run, "Learning", "loss", "reward", "rate", "norm"));
   parts.push(chartsOf(run, "Speed", "throughput", "exposed", "mfu"));
   if (run.forecast) parts.push(section("Forecast against measurement", [run.forecast.error === null ? "Written before the first step." : `Written before the first step, which it foretold ${percent(Math.abs(run.forecast.error))} too ${run.forecast.error < 0 ? "short" : "long"}.`, ...run.forecast.sources.map((x) => `${x[0].toUpperCase()}${x.slice(1)}.`)].join(" "), forecast(run.forecast)));
   if (run.bandwidth) parts.push(section("The link", "", bandwidth(run.bandwidth)));
