@@ -79,11 +79,12 @@ def shrink(cls, default):
 
 def may_be_set(cls, default, name: str) -> bool:
     """A field that this configuration has, and that is not worked out from others."""
-    derived = getattr(cls, name, None)
+    own = getattr(cls, "attribute_map", {}).get(name, name)
+    derived = getattr(cls, own, None)
     if isinstance(derived, property) and derived.fset is None:
         return False
     if name in ("head_dim", "num_key_value_heads", "num_experts_per_tok"):
-        return name in default.to_dict()  # None in some, which then cannot be made as they are
+        return own in default.to_dict()  # None in some, which then cannot be made as they are
     try:
         return getattr(default, name, None) is not None
     except AttributeError:  # one for each layer

@@ -161,7 +161,11 @@ _pass: ContextVar[Pass | None] = ContextVar("_pass", default=None)
 
 
 def hook(model: Any, wish: Wish | None = None) -> Hook:
-    """Let `model`, a float32 PreTrainedModel, run our attention. Raises NotHooked, which says why not."""
+    """Let `model`, a PreTrainedModel, run our attention. Raises NotHooked, which says why not.
+
+    To be trained it is float32, and the trial tells the smallest difference; in half precision its own
+    rounding of the logits is what may differ.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
@@ -171,6 +175,7 @@ def hook(model: Any, wish: Wish | None = None) -> Hook:
         if isinstance(rate, float) and rate > 0:
             raise NotHooked(f"{name} is {rate:g}, and ours has no dropout; set model.{name}: 0")
     native = model.config._attn_implementation
+    close = max(CLOSE, 8 * torch.finfo(model.dtype).eps)
     logits, layers = _trial(model, TOKENS, watch=True)
     hooked = Hook(model, Wish(), native)
     hooked.handles = [
@@ -184,18 +189,18 @@ def hook(model: Any, wish: Wish | None = None) -> Hook:
             raise NotHooked("its code does not go through transformers' attention interface")
         found, _ = _trial(model, TOKENS)
         _all_called(hooked, layers)
-        if (worst := _differ(found, logits)) > CLOSE:
+        if (worst := _differ(found, logits)) > close:
             one = (sum(TOKENS),)
             alone, _ = _trial(model, one)
             model.set_attn_implementation(native)
-            if _differ(alone, _trial(model, one)[0]) > CLOSE:
+            if _differ(alone, _trial(model, one)[0]) > close:
                 raise NotHooked(
                     f"its logits differ from its own attention's by {worst:.1e} of the largest"
                 )
             model.set_attn_implementation(NAME)
             changed, _ = _trial(model, TOKENS, change=True)
             # Not to the bit: a router that sends a token elsewhere changes the shapes of products.
-            if _differ(changed[:, TOKENS[0] :], found[:, TOKENS[0] :]) > CLOSE / 10:
+            if _differ(changed[:, TOKENS[0] :], found[:, TOKENS[0] :]) > close / 10:
                 raise NotHooked("packed documents see one another past the attention layers")
             hooked.native_leaks = True
     except NotHooked:

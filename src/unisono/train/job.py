@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from unisono.attention.choose import Choice, choose
-from unisono.config import Config
+from unisono.attention.choose import Choice, choose, same, told
+from unisono.config import AttentionConfig, Config
 from unisono.data.blocks import Batch, Blocks
 from unisono.data.examples import examples
 from unisono.data.order import Order
@@ -539,6 +539,14 @@ def _check_same_run(config: Config, found: checkpoint.Manifest, data: dict[str, 
                 f"{name}: found {now!r}, but {found.path} was trained with {then!r}; write "
                 f"{name}={then!r} to go on, or another output_dir to start anew"
             )
+    attention = before.get("attention", "auto")
+    if not isinstance(attention, str):
+        attention = AttentionConfig.model_validate(attention)
+    if not same(config.attention, attention):
+        raise ConfigError(
+            f"attention: found {told(config.attention)}, but {found.path} was trained with "
+            f"{told(attention)}; write it to go on, or another output_dir to start anew"
+        )
     if config.lora is not None and before["model"] != config.model:
         raise ConfigError(
             f"model: found {config.model!r}, but {found.path} holds adapters of {before['model']!r}; "
