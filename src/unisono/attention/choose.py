@@ -69,6 +69,8 @@ def choose(model: Any, asked: str | AttentionConfig, device: str) -> Choice:
     exact = f"exact in a trial, {hooked.num_layers} layers"
     if hooked.native_leaks:
         exact += "; its own lets packed documents leak"
+    if hooked.mixes:
+        exact += "; other layers carry state across packed documents"
     if asked == "auto":
         return Choice("flash", exact, hooked)
     if isinstance(asked, AttentionConfig):

@@ -13,8 +13,9 @@ passes through the layers untouched. Traps that this file exists for, each of th
 `hook` therefore tries a model before it decides: a few tokens in two packed documents run through its own
 attention and through ours, and the logits must agree. Where they do not because the model's own attention
 forgets where documents end (many families never pass it on), they must agree on one document, and a token
-that changes in the first of two documents must change nothing in the second. Cost: two to five passes of
-16 tokens, once.
+that changes in the first of two documents must change nothing in the second. At last every token sees
+only itself: what then still changes with another token went past attention (state-space layers,
+convolutions), which no mask keeps apart. Cost: four to seven passes of 16 tokens, once.
 """
 
 import inspect
@@ -144,6 +145,8 @@ class Hook:
     pass then gets this rank's tokens (shard.py)."""
     native_leaks: bool = False
     """The model's own attention lets packed documents see one another."""
+    mixes: bool = False
+    """Other layers than attention carry numbers from token to token."""
 
     @property
     def num_layers(self) -> int:
@@ -203,6 +206,7 @@ def hook(model: Any, wish: Wish | None = None) -> Hook:
             if _differ(changed[:, TOKENS[0] :], found[:, TOKENS[0] :]) > close / 10:
                 raise NotHooked("packed documents see one another past the attention layers")
             hooked.native_leaks = True
+        hooked.mixes = _mixes(hooked) > close / 10
     except NotHooked:
         hooked.remove()
         raise
@@ -217,6 +221,16 @@ def hook(model: Any, wish: Wish | None = None) -> Hook:
 def _differ(found: Tensor, wanted: Tensor) -> float:
     difference = float((found - wanted).abs().max() / wanted.abs().max())
     return difference if difference == difference else float("inf")
+
+
+def _mixes(hooked: Hook) -> float:
+    """How much a token's logits depend on another token if attention lets it see only itself."""
+    hooked.wish = Wish(window=1)
+    hooked.static.clear()
+    one = (sum(TOKENS),)
+    some, other = (_trial(hooked.model, one, change=change)[0] for change in (False, True))
+    rest = torch.arange(one[0]) != one[0] // 2
+    return _differ(other[:, rest], some[:, rest])
 
 
 def _all_called(hooked: Hook, layers: Counter[nn.Module]) -> None:
