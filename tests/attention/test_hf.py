@@ -106,6 +106,14 @@ def test_layers_that_carry_state_past_attention_are_known(family: str) -> None:
     assert hook(tiny(family)).mixes
 
 
+def test_very_many_lengths_keep_few_plans() -> None:
+    model = build("mistral")
+    hooked = hook(model)
+    for length in range(2, 2 + 2 * hf.LENGTHS):
+        logits_of(model, *packed((length,)))
+    assert len(hooked.static) == hf.LENGTHS
+
+
 def test_transformers_itself_would_leak_there() -> None:
     """The control of the probe above."""
     ids, positions = packed(rows=1)

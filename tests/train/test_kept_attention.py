@@ -33,6 +33,10 @@ def train(corpus: Path, output: Path, **changes: object) -> str:
     return end
 
 
+def model_flops(run: Path) -> float:
+    return json.loads((run / "receipt.json").read_text())["mfu"]["model_flops_per_step"]
+
+
 @pytest.fixture(scope="module")
 def windowed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run whose layers see five tokens and the first."""
@@ -85,6 +89,15 @@ def test_generate_and_eval_see_what_training_saw(place: str, windowed: Path) -> 
         assert torch.equal(logits(loaded), logits(wanted))
     half = judged.load(judged.find(str(folder)), "cpu", "bfloat16").model
     assert not far_token_matters(half)
+
+
+def test_what_is_not_seen_is_no_work_of_the_model(
+    windowed: Path, corpus: Path, tmp_path: Path
+) -> None:
+    assert train(corpus, tmp_path / "run") == "done"
+    pairs = (6 * 7 // 2 + 26 * 6) - 32 * 33 // 2  # of 32 tokens, a window of 5 and the first
+    fewer = 16 * 2 * 3 * 4 * 32 * pairs  # sequences, layers, passes, FLOPs of a pair of width 32
+    assert model_flops(windowed) - model_flops(tmp_path / "run") == fewer
 
 
 def test_a_continuation_by_a_cache_and_beside_padding_sees_the_same(windowed: Path) -> None:

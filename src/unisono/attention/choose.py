@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from unisono.attention.hf import Hook, NotHooked, Wish, hook
+from unisono.attention.mask import Mask
 from unisono.attention.pattern import Pattern, bigbird, dilated, strided
 from unisono.config import KEPT_ATTENTION, AttentionConfig
 from unisono.errors import ConfigError
@@ -115,6 +116,15 @@ def same(asked: str | AttentionConfig, before: str | AttentionConfig) -> bool:
     if isinstance(asked, str) or isinstance(before, str):
         return isinstance(asked, str) and isinstance(before, str)
     return asked.model_dump() == before.model_dump()
+
+
+def windows_of(choice: Choice, own: tuple[int, ...]) -> tuple[int, ...]:
+    """By layer the most keys that a query sees, 0 for all, from those of the model itself. What a pattern
+    leaves out is not counted."""
+    if choice.hook is None:
+        return own
+    masks = (choice.hook.wish(Mask(window=w or None), n) for n, w in enumerate(own))
+    return tuple(m.window + m.sinks if m.window else 0 for m in masks)
 
 
 def told(asked: str | AttentionConfig) -> str:

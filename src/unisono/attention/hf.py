@@ -52,6 +52,8 @@ KNOWN = frozenset(
      "layer_idx", "is_training", "deterministic")
 )  # fmt: skip
 """Arguments of a layer's attention that need nothing of us, or that its mask tells already."""
+LENGTHS = 32
+"""Of sequences, times kinds of masks, whose plans are kept: an evaluation has very many lengths."""
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 
 
@@ -399,7 +401,10 @@ def _mask(
         raise NotHooked("its mask is not causal, a window or chunks within documents")
     found = Described(replace(mask, documents=documents), q_start, k_start, current)
     if documents is None and q_start == 0:
-        current.hook.static[key] = found
+        static = current.hook.static
+        static[key] = found
+        if len(static) > LENGTHS:
+            del static[next(iter(static))]
     return found
 
 

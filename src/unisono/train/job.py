@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from unisono.attention.choose import Choice, choose, same, told
+from unisono.attention.choose import Choice, choose, same, told, windows_of
 from unisono.config import AttentionConfig, Config
 from unisono.data.blocks import Batch, Blocks
 from unisono.data.examples import examples
@@ -212,6 +212,7 @@ def set_up(
             plan = make_plan(config, world, facts, min(rows, largest))
     plan, tuner = _buckets(facts, plan, link, votes, found, config, probe)
     flops = count(model, config.gradient_checkpointing)
+    flops = replace(flops, windows=windows_of(attention, flops.windows))
     parts = make_parts(
         config, mesh, attention.hook, plan.micro_batch_size, flops.windows, ledger, world.device
     )
