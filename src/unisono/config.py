@@ -209,6 +209,10 @@ class ContextConfig(_Section):
     """usp: so many neighbours trade tokens for heads, and keys go around between such groups."""
 
 
+KEPT_ATTENTION = "unisono_attention"
+"""In a saved model's configuration (of adapters in theirs): the AttentionConfig that it was trained with."""
+
+
 class AttentionConfig(_Section):
     """What the model's layers see less of, than it says itself. Anything here asks for our kernels."""
 

@@ -62,6 +62,8 @@ def load(model: str, device: str = "auto") -> "tuple[PreTrainedModel, PreTrained
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from unisono.attention.choose import follow
+
     folder = Path(model)
     names = ("config.json", "adapter_config.json")
     if folder.is_dir() and not any((folder / name).is_file() for name in names):
@@ -76,6 +78,7 @@ def load(model: str, device: str = "auto") -> "tuple[PreTrainedModel, PreTrained
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:300]
         raise ConfigError(f"{model}: not a model that can be loaded: {line}") from None
+    follow(loaded, Path(model))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return loaded.to(device), tokenizer

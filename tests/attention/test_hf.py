@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from families import tiny
 from models import MODELS, ROUTED, build, logits_of, packed
 
 from unisono.attention import hf
@@ -32,6 +33,7 @@ def test_a_model_computes_what_its_eager_attention_does(family: str) -> None:
     assert hooked.num_layers == 2
     # Some families of transformers forget where documents end; then one document tells.
     assert hooked.native_leaks == (family in LEAKING)
+    assert not hooked.mixes
     ids, positions = packed((60,) if hooked.native_leaks else (20, 13, 27))
     wanted, wanted_grads = gradients(build(family, implementation="exact"), ids, positions)
     found, found_grads = gradients(model, ids, positions)
@@ -97,6 +99,19 @@ def test_packed_documents_never_leak(family: str, how: str) -> None:
     assert not differs[:5].any()
     assert differs[5]
     assert not differs[20:].any()
+
+
+@pytest.mark.parametrize("family", ["jamba", "falcon_h1", "qwen3_next", "lfm3"])
+def test_layers_that_carry_state_past_attention_are_known(family: str) -> None:
+    assert hook(tiny(family)).mixes
+
+
+def test_very_many_lengths_keep_few_plans() -> None:
+    model = build("mistral")
+    hooked = hook(model)
+    for length in range(2, 2 + 2 * hf.LENGTHS):
+        logits_of(model, *packed((length,)))
+    assert len(hooked.static) == hf.LENGTHS
 
 
 def test_transformers_itself_would_leak_there() -> None:

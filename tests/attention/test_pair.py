@@ -46,6 +46,7 @@ def masks(length: int) -> dict[str, Mask]:
         "bigbird small": Mask(pattern=bigbird(32)),
         "packed bigbird": Mask(pattern=bigbird(64), documents=documents(length, 300)),
         "strided": Mask(pattern=strided(64, 3)),
+        "strided window": Mask(pattern=strided(64, 3, 2)),
         "dilated": Mask(pattern=dilated(30, 4)),
         "function": Mask(pattern=function(lambda i, j, h: (i * j) % 3 != 0)),
         "by head": Mask(pattern=function(lambda i, j, h: i - j < 50 * (h + 1), by_head=True)),

@@ -85,12 +85,19 @@ def test_two_axes_train_what_one_process_trains(
     assert 0.9 * planned <= sent < 1.02 * planned
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict] = {
     "optimizer on shards": {"mesh": {"context": 2}, "shard_optimizer": True},
     "recomputed": {"mesh": {"context": 2, "tensor": 2}, "gradient_checkpointing": True},
     "padded sequences": {"mesh": {"context": 4}, "sequence_length": 30},
     "windows": {"mesh": {"context": 2}, "attention": {"window": 5, "sinks": 1}},
     "all-gather": {"mesh": {"context": 2}, "context": {"scheme": "allgather"}},
+    "ulysses": {"mesh": {"context": 2}, "context": {"scheme": "ulysses"}},
+    "usp": {"mesh": {"context": 4}, "context": {"scheme": "usp", "ulysses": 2}},
+    "usp, recomputed": {
+        "mesh": {"context": 4},
+        "context": {"scheme": "usp", "ulysses": 2},
+        "gradient_checkpointing": True,
+    },
 }
 
 
@@ -100,7 +107,12 @@ def test_a_mesh_with_other_options(option: str, corpus: Path, tmp_path: Path) ->
     mesh = changes.pop("mesh")
     own = {k: v for k, v in changes.items() if k in ("sequence_length", "attention")}
     expected = trained(corpus, tmp_path / "one", 1, **own)
-    assert_alike(trained(corpus, tmp_path / "run", 4, mesh=mesh, **changes), expected)
+    found = trained(corpus, tmp_path / "run", 4, mesh=mesh, **changes)
+    assert_alike(found, expected)
+    plan = found[1]["plan"]
+    if scheme := changes.get("context", {}).get("scheme"):
+        assert f"2 layers {scheme}: as asked" in plan["reasons"]["context"]
+        assert found[1]["sent_bytes_per_step"] == pytest.approx(plan["sent_bytes_per_step"], rel=0.02)  # fmt: skip
 
 
 def test_packed_documents_over_context_ranks(tmp_path: Path) -> None:
@@ -175,6 +187,19 @@ def test_dropout_is_refused_where_its_masks_would_depend_on_the_mesh(
         (end, _, _), *_ = run_ranks(run, 2, config, join=False)
         assert "ConfigError" in end
         assert "dropout" in end
+
+
+def test_layers_that_carry_state_past_attention_do_not_cross_context_ranks(
+    corpus: Path, tmp_path: Path
+) -> None:
+    model = {
+        **job_fields(corpus, tmp_path)["model"], "model_type": "jamba", "attn_layer_period": 2,
+        "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1,
+        "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    }  # fmt: skip
+    config = make_job(corpus, tmp_path / "run", **{**SAME, "mesh": {"context": 2}, "model": model})
+    for end, _, _ in run_ranks(run, 2, config, join=False):
+        assert "mesh.context: found 2, but other layers of a JambaForCausalLM than attention" in end
 
 
 def test_a_forecast_of_a_mesh_is_written_before_its_steps(corpus: Path, tmp_path: Path) -> None:

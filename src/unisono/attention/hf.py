@@ -13,8 +13,9 @@ passes through the layers untouched. Traps that this file exists for, each of th
 `hook` therefore tries a model before it decides: a few tokens in two packed documents run through its own
 attention and through ours, and the logits must agree. Where they do not because the model's own attention
 forgets where documents end (many families never pass it on), they must agree on one document, and a token
-that changes in the first of two documents must change nothing in the second. Cost: two to five passes of
-16 tokens, once.
+that changes in the first of two documents must change nothing in the second. At last every token sees
+only itself: what then still changes with another token went past attention (state-space layers,
+convolutions), which no mask keeps apart. Cost: four to seven passes of 16 tokens, once.
 """
 
 import inspect
@@ -51,6 +52,8 @@ KNOWN = frozenset(
      "layer_idx", "is_training", "deterministic")
 )  # fmt: skip
 """Arguments of a layer's attention that need nothing of us, or that its mask tells already."""
+LENGTHS = 32
+"""Of sequences, times kinds of masks, whose plans are kept: an evaluation has very many lengths."""
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 
 
@@ -144,6 +147,8 @@ class Hook:
     pass then gets this rank's tokens (shard.py)."""
     native_leaks: bool = False
     """The model's own attention lets packed documents see one another."""
+    mixes: bool = False
+    """Other layers than attention carry numbers from token to token."""
 
     @property
     def num_layers(self) -> int:
@@ -161,7 +166,11 @@ _pass: ContextVar[Pass | None] = ContextVar("_pass", default=None)
 
 
 def hook(model: Any, wish: Wish | None = None) -> Hook:
-    """Let `model`, a float32 PreTrainedModel, run our attention. Raises NotHooked, which says why not."""
+    """Let `model`, a PreTrainedModel, run our attention. Raises NotHooked, which says why not.
+
+    To be trained it is float32, and the trial tells the smallest difference; in half precision its own
+    rounding of the logits is what may differ.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
@@ -171,6 +180,7 @@ def hook(model: Any, wish: Wish | None = None) -> Hook:
         if isinstance(rate, float) and rate > 0:
             raise NotHooked(f"{name} is {rate:g}, and ours has no dropout; set model.{name}: 0")
     native = model.config._attn_implementation
+    close = max(CLOSE, 8 * torch.finfo(model.dtype).eps)
     logits, layers = _trial(model, TOKENS, watch=True)
     hooked = Hook(model, Wish(), native)
     hooked.handles = [
@@ -184,20 +194,21 @@ def hook(model: Any, wish: Wish | None = None) -> Hook:
             raise NotHooked("its code does not go through transformers' attention interface")
         found, _ = _trial(model, TOKENS)
         _all_called(hooked, layers)
-        if (worst := _differ(found, logits)) > CLOSE:
+        if (worst := _differ(found, logits)) > close:
             one = (sum(TOKENS),)
             alone, _ = _trial(model, one)
             model.set_attn_implementation(native)
-            if _differ(alone, _trial(model, one)[0]) > CLOSE:
+            if _differ(alone, _trial(model, one)[0]) > close:
                 raise NotHooked(
                     f"its logits differ from its own attention's by {worst:.1e} of the largest"
                 )
             model.set_attn_implementation(NAME)
             changed, _ = _trial(model, TOKENS, change=True)
             # Not to the bit: a router that sends a token elsewhere changes the shapes of products.
-            if _differ(changed[:, TOKENS[0] :], found[:, TOKENS[0] :]) > CLOSE / 10:
+            if _differ(changed[:, TOKENS[0] :], found[:, TOKENS[0] :]) > close / 10:
                 raise NotHooked("packed documents see one another past the attention layers")
             hooked.native_leaks = True
+        hooked.mixes = _mixes(hooked) > close / 10
     except NotHooked:
         hooked.remove()
         raise
@@ -212,6 +223,16 @@ def hook(model: Any, wish: Wish | None = None) -> Hook:
 def _differ(found: Tensor, wanted: Tensor) -> float:
     difference = float((found - wanted).abs().max() / wanted.abs().max())
     return difference if difference == difference else float("inf")
+
+
+def _mixes(hooked: Hook) -> float:
+    """How much a token's logits depend on another token if attention lets it see only itself."""
+    hooked.wish = Wish(window=1)
+    hooked.static.clear()
+    one = (sum(TOKENS),)
+    some, other = (_trial(hooked.model, one, change=change)[0] for change in (False, True))
+    rest = torch.arange(one[0]) != one[0] // 2
+    return _differ(other[:, rest], some[:, rest])
 
 
 def _all_called(hooked: Hook, layers: Counter[nn.Module]) -> None:
@@ -380,7 +401,10 @@ def _mask(
         raise NotHooked("its mask is not causal, a window or chunks within documents")
     found = Described(replace(mask, documents=documents), q_start, k_start, current)
     if documents is None and q_start == 0:
-        current.hook.static[key] = found
+        static = current.hook.static
+        static[key] = found
+        if len(static) > LENGTHS:
+            del static[next(iter(static))]
     return found
 
 

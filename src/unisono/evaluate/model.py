@@ -88,6 +88,8 @@ def load(source: Source, device: str, dtype: str) -> Loaded:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from unisono.attention.choose import follow
+
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -98,6 +100,7 @@ def load(source: Source, device: str, dtype: str) -> Loaded:
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{source.path}: cannot be loaded: {_line(error)}") from None
     model = model.to(device).eval()
+    follow(model, Path(source.path))
     return Loaded(source, model, tokenizer_of(source), context_of(model.config))
 
 

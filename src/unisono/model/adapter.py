@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unisono.config import KEPT_ATTENTION
 from unisono.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ def save(adapted: "PeftModel", folder: Path, weights: Mapping[str, "torch.Tensor
     """adapter_config.json and adapter_model.safetensors, from a state dict of the whole model."""
     # Otherwise peft asks the hub whether the base's vocabulary was enlarged.
     adapted.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    if kept := getattr(adapted.config, KEPT_ATTENTION, None):
+        fields = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**fields, KEPT_ATTENTION: kept}, indent=2))
     (folder / "README.md").unlink(missing_ok=True)  # a model card with nothing filled in
 
 
@@ -111,6 +115,8 @@ def merge(folder: Path, out: Path, base: str | None = None) -> "PreTrainedModel"
     adapted = peft.get_peft_model(model, config)
     _load(adapted, folder)
     merged = adapted.merge_and_unload(safe_merge=True)
+    if kept := fields.get(KEPT_ATTENTION):
+        setattr(merged.config, KEPT_ATTENTION, kept)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if fields.get("task_type") == SCORES:  # as in training (model/load.py)
         padding = tokenizer.pad_token_id

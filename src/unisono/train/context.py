@@ -100,6 +100,11 @@ def make_parts(
         return None
     assert hook is not None  # asked for by name, so it is there or was refused
     size, asked = mesh.context, config.context
+    if hook.mixes:
+        raise ConfigError(
+            f"mesh.context: found {size}, but other layers of a {type(hook.model).__name__} than attention "
+            f"carry state along the sequence, which does not cross ranks; write mesh.context: 1"
+        ).on_every_rank()
     refuse_dropout(hook.model, "context", size)
     groups = mesh.groups("context")
     group = Group("context", ledger, config.timeout_s, parts=groups)

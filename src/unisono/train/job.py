@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from unisono.attention.choose import Choice, choose
+from unisono.attention.choose import Choice, choose, same, told, windows_of
 from unisono.config import AttentionConfig, Config
 from unisono.data.blocks import read_index
 from unisono.data.examples import examples
@@ -271,6 +271,7 @@ def set_up(
             plan = make_plan(config, world, facts, min(rows, largest))
     plan, tuner = _buckets(facts, plan, link, votes, found, config, probe)
     flops = count(model, config.gradient_checkpointing)
+    flops = replace(flops, windows=windows_of(attention, flops.windows))
     parts = make_parts(
         config, mesh, attention.hook, plan.micro_batch_size, flops.windows, ledger, world.device
     )
@@ -719,6 +720,14 @@ def _check_same_run(config: Config, found: checkpoint.Manifest, data: dict[str, 
                 f"{name}: found {now!r}, but {found.path} was trained with {then!r}; write "
                 f"{name}={then!r} to go on, or another output_dir to start anew"
             )
+    attention = before.get("attention", "auto")
+    if not isinstance(attention, str):
+        attention = AttentionConfig.model_validate(attention)
+    if not same(config.attention, attention):
+        raise ConfigError(
+            f"attention: found {told(config.attention)}, but {found.path} was trained with "
+            f"{told(attention)}; write it to go on, or another output_dir to start anew"
+        )
     compared = config.dpo or (config.grpo and config.grpo.beta)
     if (config.lora or compared) and before["model"] != config.model:
         what = "holds adapters of" if config.lora else "was compared with"
