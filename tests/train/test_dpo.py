@@ -314,6 +314,20 @@ def computed(world, place: Path, folder: Path) -> np.ndarray:
     )  # fmt: skip
 
 
+def test_a_run_with_adapters_can_be_evaluated(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from unisono.evaluate import model
+
+    finish(place, tmp_path / "run", 1, lora={"r": 4}, max_steps=8, determinism="default")
+    source = model.find(str(tmp_path / "run"))
+    assert model.config_context(source) == 256
+    loaded = model.load(source, "cpu", "float32")
+    base, tokenizer = load(place / "model")
+    ids = tokenizer("who is dead", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert not torch.equal(loaded.model(ids).logits, base(ids).logits), "adapters are in it"
+
+
 # --- what is refused
 
 

@@ -6,6 +6,7 @@ model does not see, and on the left for generation, which is masked.
 
 import hashlib
 import inspect
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,14 +111,15 @@ def context_of(config: Any) -> int:
 
 
 def config_context(source: Source) -> int:
-    """`context_of` without loading weights."""
+    """`context_of` without loading weights; of adapters, that of their base."""
     from transformers import AutoConfig
 
+    path, adapters = source.path, Path(source.path) / "adapter_config.json"
     try:
-        return context_of(
-            AutoConfig.from_pretrained(source.path, local_files_only=Path(source.path).is_dir())
-        )
-    except (OSError, ValueError) as error:
+        if adapters.is_file():
+            path = json.loads(adapters.read_text())["base_model_name_or_path"]
+        return context_of(AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir()))
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{source.path}: no configuration can be loaded: {_line(error)}"
         ) from None
