@@ -18,6 +18,7 @@ from unisono.forecast.cost import (
     overlap,
     slowest,
     step,
+    trained_values,
 )
 from unisono.forecast.hardware import Device, device, devices, find
 from unisono.forecast.memory import fits, least_recompute, memory
@@ -412,3 +413,32 @@ def test_the_critical_batch_of_published_sizes() -> None:
     assert critical_batch_tokens(10e9) == pytest.approx(0.89e6, rel=0.01)
     assert token_cost(5.0, 5.0) == 2
     assert math.isclose(token_cost(0, 1), 1)
+
+
+def test_adapters_are_what_peft_counts() -> None:
+    """41,943,040 values of r = 16 on all linear layers of Llama 3 8B, as peft prints it."""
+    base = NAMED["llama3-8b"]
+    model = base.with_adapters(16, None, ())
+    assert model.adapters == 41_943_040
+    assert model.parameters == base.parameters
+    some = base.with_adapters(8, ("q_proj", "v_proj"), ("lm_head",))
+    assert some.adapters == 32 * 8 * (4096 + 4096 + 4096 + 1024) + 128256 * 4096
+    for targets, whole, field in ((("wqkv",), (), "target_modules"), (None, ("q_proj",), "modules_to_save")):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"lora\.{field}: found '(wqkv|q_proj)'.*known: "):
+            base.with_adapters(8, targets, whole)
+
+
+def test_adapters_leave_a_third_less_to_compute_and_little_to_send_or_keep() -> None:
+    whole = Run(NAMED["llama3-8b"], 4096, 1, 1, Mesh(replica=8), "exact", weight_bytes=4)
+    adapted = replace(whole, model=whole.model.with_adapters(16, None, ()))
+    gpu = device("H100")
+    full, light = (step(run, gpu, fabric(gpu)) for run in (whole, adapted))
+    assert 0.6 < light.compute / full.compute < 0.85, "4 products of 6; attention and traffic stay"
+    assert light.communication < 0.1 * full.communication
+    assert light.optimizer < 0.01 * full.optimizer
+    kept, before = memory(adapted), memory(whole)
+    assert kept.weights == before.weights
+    share = adapted.model.adapters / trained_values(whole)
+    assert kept.gradients == pytest.approx(share * before.gradients)
+    assert kept.optimizer == pytest.approx(share * before.optimizer)
+    assert trained_values(adapted) == 41_943_040

@@ -7,7 +7,7 @@ costs 4 s (a d) a token and layer, half of it where causal kernels skip the uppe
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,6 +37,38 @@ class Architecture:
     """Rows of a learned position table."""
     head_share: float = 1.0
     """Of the positions whose logits are computed; masked language models predict some."""
+    adapters: int = 0
+    """Values that are trained beside a model that stays as it is (LoRA); 0: all of its own are."""
+
+    @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the matrices of a layer, by Llama's names."""
+        own, shared = self.heads * self.head_size, self.kv_heads * self.head_size
+        mlp = {"gate_proj": (self.hidden, self.ffn)} if self.gated else {}
+        return {
+            "q_proj": (self.hidden, own), "k_proj": (self.hidden, shared), "v_proj": (self.hidden, shared),
+            "o_proj": (own, self.hidden), **mlp, "up_proj": (self.hidden, self.ffn),
+            "down_proj": (self.ffn, self.hidden),
+        }  # fmt: skip
+
+    def with_adapters(
+        self, rank: int, targets: Sequence[str] | None, whole: Sequence[str]
+    ) -> "Architecture":
+        """LoRA of `rank` on the layers `targets`, or on all, with the modules `whole` trained as they are.
+
+        Raises ConfigError: a name that is none of `products`, the embedding's or the output layer's.
+        """
+        ends = dict.fromkeys(("embed_tokens", "lm_head", "wte"), self.vocab * self.hidden)
+        sizes = self.products
+        for field, names, known in (("target_modules", targets or (), sizes), ("modules_to_save", whole, ends)):  # fmt: skip
+            for name in names:
+                if name not in known:
+                    raise ConfigError(
+                        f"lora.{field}: found {name!r}, whose size a plan does not know; known: "
+                        f"{', '.join(known)}"
+                    )
+        each = sum(rank * sum(sizes[name]) for name in targets or sizes)
+        return replace(self, adapters=self.layers * each + sum(ends[name] for name in whole))
 
     @property
     def layer_parameters(self) -> int:

@@ -88,8 +88,12 @@ def layer_work(
         between += here * eager_bytes(model) * width / 2 / tensor / memory
 
     launch = c.launches * c.launch_s
+    own, down = products, products  # of the backward pass: weights' gradients, and inputs'
+    if model.adapters:  # a frozen weight has none; its adapters have both
+        added = products * model.adapters / (model.layers * model.layer_parameters)
+        products, down, own = products + added, products + added, added
     forward = max(launch, products + moved + attention + between)
-    backward = max(2 * launch, 2 * (products + moved + between) + attention_back)
+    backward = max(2 * launch, own + down + 2 * (moved + between) + attention_back)
     again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
     if recompute == "selective" and flash:
         mlp = model.hidden * model.ffn * (2 if model.gated else 1) / model.layer_parameters
@@ -98,7 +102,7 @@ def layer_work(
     logits = model.head_share * here * model.vocab / tensor
     head = 2 * logits * model.hidden / wide_rate
     loss = 4 * logits * passes / memory  # float32 logits
-    return Work(forward, backward, again, head + loss, 2 * head + loss)
+    return Work(forward, backward, again, head + loss, (1 if model.adapters else 2) * head + loss)
 
 
 def eager_bytes(model: Architecture) -> float:

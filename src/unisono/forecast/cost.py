@@ -172,7 +172,7 @@ def compose(
     mesh, model, c = run.mesh, run.model, constants
     k = run.accumulation
     layers = math.ceil(model.layers / mesh.pipeline)
-    held = held_values(run)
+    held = trained_values(run)
     forward = layers * work.forward + work.head_forward
     backward = layers * (work.backward + work.again) + work.head_backward
     add_s = 0.0
@@ -210,6 +210,11 @@ def held_values(run: Run) -> float:
     layers = math.ceil(model.layers / stages)
     ends = model.embedding_parameters / (1 if stages == 1 or model.tied else 2)
     return (layers * model.layer_parameters + ends) / run.mesh.tensor
+
+
+def trained_values(run: Run) -> float:
+    """Of `held_values`, those that have gradients."""
+    return run.model.adapters or held_values(run)
 
 
 def _across(run: Run, work: Work, fabric: Fabric, layers: int) -> float:
@@ -258,6 +263,8 @@ def _data_parallel(
 
     whole = wire(fabric, mesh.holders, mesh.tensor)
     table = run.model.vocab * run.model.hidden / mesh.tensor * run.gradient_bytes
+    if run.model.adapters:  # nothing that is looked up is trained by itself
+        table = 0.0
     grads = max(0.0, held * run.gradient_bytes - table)
     buckets = max(1, math.ceil(grads / run.bucket_bytes))
     each = grads / buckets
@@ -279,7 +286,11 @@ def _data_parallel(
 
     if run.strategy == "exact":
         # The table's gradient is early but for the rows that were looked up (sync/rows.py).
-        rows = min(run.model.vocab, run.micro_batch * run.sequence) * run.model.hidden * 4
+        rows = (
+            min(run.model.vocab, run.micro_batch * run.sequence) * run.model.hidden * 4
+            if table
+            else 0
+        )
         back = group.all_gather(each)  # weights travel as gradients do (sync/zero.py)
         lost = exposed_head(forward, buckets, back)
         lost += c.contention * group.busy(grads, "all_gather") * _hidden(buckets * back, lost)

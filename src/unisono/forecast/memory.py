@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from unisono.forecast.compute import kept_bytes, saved_bytes
 from unisono.forecast.constants import DEFAULT, Constants
-from unisono.forecast.cost import Run, held_values, owners
+from unisono.forecast.cost import Run, held_values, owners, trained_values
 from unisono.forecast.hardware import DTYPE_BYTES
 
 
@@ -40,7 +40,7 @@ def memory(run: Run) -> Memory:
     mesh, model = run.mesh, run.model
     width, weight = DTYPE_BYTES[run.dtype], run.weight_width
     layers = math.ceil(model.layers / mesh.pipeline)
-    held, shares = held_values(run), owners(run)
+    held, trained, shares = held_values(run), trained_values(run), owners(run)
     master = 8 if weight == 4 else 12
     grad = max(weight, run.gradient_bytes)
     by = {  # (weights, gradients, optimizer) are divided by
@@ -60,7 +60,7 @@ def memory(run: Run) -> Memory:
         root = held - layers * unit
         buffers = weight * (2 * unit + root) + run.gradient_bytes * max(unit, root)
     elif mesh.holders > 1:
-        buffers = 2.0 * min(run.bucket_bytes, held * run.gradient_bytes)
+        buffers = 2.0 * min(run.bucket_bytes, trained * run.gradient_bytes)
     here = run.micro_batch * run.sequence / mesh.context / mesh.tensor
     one = here * saved_bytes(model, run.sequence, run.flash) * width / 2
     in_flight = min(mesh.pipeline, run.accumulation)
@@ -70,7 +70,8 @@ def memory(run: Run) -> Memory:
     # 16 bits, float32 and its gradient; a fused loss keeps 16 bits and their gradient.
     logits = (4 if run.stack == "fused" else 10) * here * model.vocab * model.head_share
     return Memory(
-        weight * held / by[0], grad * held / by[1], master * held / by[2], activations, logits, buffers
+        weight * held / by[0], grad * trained / by[1], master * trained / by[2], activations, logits,
+        buffers,
     )  # fmt: skip
 
 

@@ -77,8 +77,13 @@ def job_of(config: Config, per_device: int | None = None) -> Job:
     vocab = config.tokenizer.vocab_size if isinstance(config.tokenizer, TokenizerConfig) else None
     narrow = config.wire == "bfloat16"
     fixed = config.micro_batch_size
+    model = of_model(config.model, vocab)
+    if config.lora is not None:
+        asked = config.lora
+        targets = None if asked.target_modules == "all-linear" else asked.target_modules
+        model = model.with_adapters(asked.r, targets, asked.modules_to_save)
     return Job(
-        model=of_model(config.model, vocab),
+        model=model,
         sequence=config.sequence_length,
         global_batch=config.global_batch_size,
         per_device=per_device,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from unisono.forecast.architecture import Architecture
 from unisono.forecast.compute import Recompute, Stack, Work, layer_work
 from unisono.forecast.constants import DEFAULT, Constants
-from unisono.forecast.cost import Mesh, Run, Step, Strategy, compose, held_values
+from unisono.forecast.cost import Mesh, Run, Step, Strategy, compose, trained_values
 from unisono.forecast.hardware import Device
 from unisono.forecast.memory import Memory, memory
 from unisono.forecast.network import Fabric, Line, wire
@@ -155,7 +155,7 @@ def search(job: Job, machine: Machine, devices: int, constants: Constants = DEFA
     for mesh in meshes(job, machine.device, devices):
         batch = job.per_device * devices if job.per_device else max(job.global_batch, mesh.data)
         rows = math.ceil(batch / mesh.data)
-        for strategy in strategies(mesh):
+        for strategy in strategies(mesh, job.model):
             base = Run(
                 job.model, job.sequence, 1, rows, mesh, strategy, job.dtype, job.gradient_bytes,
                 bucket_bytes=job.bucket_bytes or 25 * 2**20, stack=job.stack,
@@ -195,10 +195,12 @@ def search(job: Job, machine: Machine, devices: int, constants: Constants = DEFA
     return Found(devices, tuple(ranked), tuple(misfits), evaluated)
 
 
-def strategies(mesh: Mesh) -> Sequence[Strategy]:
-    """Those that differ on this mesh."""
+def strategies(mesh: Mesh, model: Architecture) -> Sequence[Strategy]:
+    """Those that differ on this mesh; adapters leave little to divide."""
     if mesh.data == 1:
         return ("exact",)
+    if model.adapters:
+        return ("exact", "ddp")
     if mesh.shard > 1:
         return ("fsdp",)
     return ("exact", "ddp", "zero1", "zero2")
@@ -208,9 +210,15 @@ def meshes(job: Job, device: Device, devices: int) -> Iterator[Mesh]:
     """Every way to divide `devices` that the model's shape and the node allow.
 
     Tensor ranks stay inside a node and divide heads; stages divide layers; context ranks come with
-    8,192 tokens and divide them. Shards are all ranks, a node, or a few nodes.
+    8,192 tokens and divide them. Shards are all ranks, a node, or a few nodes. Adapters stand beside a
+    model that every rank holds whole.
     """
     model, node = job.model, device.per_node
+    if model.adapters:
+        for context in _powers(8 if job.sequence >= 8192 else 1):
+            if not (devices % context or job.sequence % context):
+                yield Mesh(devices // context, context=context)
+        return
     for tensor in _powers(min(node, model.kv_heads, model.heads, 16)):
         if model.heads % tensor or model.kv_heads % tensor or model.ffn % tensor:
             continue
@@ -279,7 +287,7 @@ def _work(run: Run, machine: Machine, constants: Constants) -> Work:
 def _bucket(run: Run, fabric: Fabric) -> float:
     """sqrt(S c B), between 1 and 64 MiB: as in sync/link.py."""
     w = wire(fabric, run.mesh.holders, run.mesh.tensor)
-    held = held_values(run) * run.gradient_bytes
+    held = trained_values(run) * run.gradient_bytes
     best = math.sqrt(held * w.latency_s["all_reduce"] * w.bytes_per_s["all_reduce"])
     return min(64.0, max(1.0, best / 2**20)) * 2**20
 

@@ -28,8 +28,9 @@ def head(outlook: Outlook) -> str:
     job, device = outlook.job, outlook.machine.device
     source = "measured by the probe" if outlook.machine.probe else "published hardware"
     money = f"${outlook.price:.2f} a device-hour ({outlook.price_from})" if outlook.price else "no price (--price)"  # fmt: skip
+    trained = f" ({count(job.model.adapters)} trained)" if job.model.adapters else ""
     return (
-        f"{job.model.name}, {count(job.model.parameters)} parameters, sequences of {job.sequence:,}, "
+        f"{job.model.name}, {count(job.model.parameters)} parameters{trained}, sequences of {job.sequence:,}, "
         f"{job.dtype}, on {device.name} ({source})\n{count(outlook.tokens)} tokens, {money}; "
         f"critical batch {count(outlook.critical_tokens)} tokens"
     )
