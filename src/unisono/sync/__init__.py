@@ -87,12 +87,17 @@ class Strategy(Protocol):
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Collective: (state.parameter, whole tensor), one after another; to be exhausted.
 
-        What is yielded is valid until the next one.
+        A replica's own state has keys of `update.own_key`, and comes on rank 0 too. What is yielded is valid until the next one.
         """
         ...
 
     def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put back what `optimizer_state` of any strategy gave. Each rank takes its own part."""
+
+    def load_own_state(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        """Put back what single replicas had, keys as `update.own_key` makes them; all of it is given to
+        each rank. Returns a line for the user where something could not be put back as it was, else ""."""
+        ...
 
     def layout(self) -> dict[str, Any]:
         """JSON: what was learned about the order of gradients, for `make_strategy` of a resume."""

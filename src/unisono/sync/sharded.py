@@ -59,6 +59,7 @@ from unisono.sync.update import (
     global_norm,
     is_finite,
     step,
+    without_own,
 )
 
 _ORDER = 1 << 20
@@ -313,6 +314,10 @@ class Sharded:
         whole = mine.new_empty(chunk * self._shard.size, *shape[1:])
         self._shard.all_gather(whole, filled).wait()
         return whole[: shape[0]]
+
+    def load_own_state(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        """All state is every replica's."""
+        return without_own(tensors)
 
     def layout(self) -> dict[str, Any]:
         """Nothing is learned."""

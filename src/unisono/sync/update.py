@@ -3,7 +3,7 @@
 The norm that clipping needs is the finite check too, so the check costs nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,24 @@ do not decay. Either list may be empty; a strategy may pass flat pieces of the p
 
 MASTER = "master"
 """State key of a float32 weight that is more exact than the replicas' own."""
+
+OWN = "@"
+"""In `state@replica.parameter`: optimizer state that only this replica has, unlike all others'."""
+
+
+def own_key(state: str, replica: int, name: str) -> str:
+    """The name of a replica's own state of parameter `name`."""
+    return f"{state}{OWN}{replica}.{name}"
+
+
+def without_own(tensors: Mapping[str, torch.Tensor]) -> str:
+    """What to tell where replicas' own state (keys of `own_key`) is of no use; "" if there is none."""
+    states = sorted({key.partition(OWN)[0] for key in tensors})
+    if not states:
+        return ""
+    return (
+        f"left out what single replicas had of their own ({', '.join(states)}): this sync has none"
+    )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from unisono.sync.update import (
     clip_factor,
     is_finite,
     step,
+    without_own,
 )
 
 
@@ -117,6 +118,10 @@ class Whole:
             else:
                 # torch keeps the step count of a fused optimizer on the parameter's device.
                 self._optimizer.state[p][state] = value.to(p.device, copy=True)
+
+    def load_own_state(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        """All state is every replica's."""
+        return without_own(tensors)
 
     def layout(self) -> dict[str, Any]:
         """Nothing is learned that a resume would need."""

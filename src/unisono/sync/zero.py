@@ -55,6 +55,7 @@ from unisono.sync.update import (
     clip_factor,
     global_norm,
     is_finite,
+    without_own,
 )
 
 TABLE_BYTES = 1 << 20
@@ -307,6 +308,10 @@ class Zero:
             return
         for key, value in tensors.items():
             self._load(key, self.slices.part(key, value))
+
+    def load_own_state(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        """All state is every replica's."""
+        return without_own(tensors)
 
     def layout(self) -> dict[str, Any]:
         """What the first step learned, for a resume; empty before."""

@@ -304,7 +304,8 @@ def set_up(
     if found and strict:
         _check_same_bits(found, plan, config)
     if found:
-        attempt(votes, lambda: load_optimizer(found.path, sync))
+        if note := attempt(votes, lambda: load_optimizer(found.path, sync)):
+            screen.warn(f"resume: {note}")
         job.progress = Progress(**found.meta["progress"])
     if given == "auto" and not strict and not sync.lockstep:
         best = find_micro_batch(partial(try_rows, job), largest, sync, votes, world.device)

@@ -20,7 +20,7 @@ from unisono.errors import CheckpointError
 from unisono.files import fsync_file, fsync_folder
 from unisono.model import adapter
 from unisono.sync import Strategy
-from unisono.sync.update import OptimizerFactory
+from unisono.sync.update import OWN, OptimizerFactory
 from unisono.train.scaling import Hyper
 
 if TYPE_CHECKING:
@@ -138,8 +138,11 @@ def exhaust(iterator: Iterator[object]) -> None:
     deque(iterator, maxlen=0)
 
 
-def load_optimizer(folder: Path, sync: Strategy) -> None:
-    """Put the saved state back. Raises CheckpointError when it belongs to another model."""
+def load_optimizer(folder: Path, sync: Strategy) -> str:
+    """Put the saved state back; what to tell the user of it, if anything.
+
+    Raises CheckpointError when it belongs to another model.
+    """
     from safetensors.torch import load_file
 
     shapes = {name: sync.slices.shape(name, p.shape) for name, p in sync.named_parameters()}
@@ -153,4 +156,6 @@ def load_optimizer(folder: Path, sync: Strategy) -> None:
                     f"in this model"
                 )
             tensors[key] = value
-    sync.load_optimizer_state(tensors)
+    own = {key: value for key, value in tensors.items() if OWN in key.partition(".")[0]}
+    sync.load_optimizer_state({key: value for key, value in tensors.items() if key not in own})
+    return sync.load_own_state(own)
