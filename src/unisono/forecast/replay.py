@@ -88,11 +88,15 @@ class Foretold:
 
 def foretell(
     system: System, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
-    *, wire_bytes: int = 4, bucket_bytes: float = 4 * 2**20, rows: int = 0, width: int = 0, votes: int = 1,
+    *, wire_bytes: float = 4, bucket_bytes: float = 4 * 2**20, rows: int = 0, width: int = 0, votes: int = 1,
+    codec_s: float = 0.0,
 ) -> Foretold:  # fmt: skip
     """A step in full swing. `rows`: of the table that a rank looks up in a step, `width` values each;
-    `wire_bytes`: of a value on its way; `votes`: values that ranks add up besides."""
-    step = _Step(tensors, passes, lanes, ranks, wire_bytes, bucket_bytes, rows, width, votes)
+    `wire_bytes`: of a value on its way; `votes`: values that ranks add up besides; `codec_s`: where values
+    are encoded, to encode and decode as many as there are."""
+    step = _Step(
+        tensors, passes, lanes, ranks, wire_bytes, bucket_bytes, rows, width, votes, codec_s
+    )
     if ranks > 1:
         {"ddp": step.ddp, "whole": step.whole, "shards": step.shards, "sharded": step.sharded}[
             system
@@ -116,11 +120,12 @@ class _Step:
 
     def __init__(
         self, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
-        wire_bytes: int, bucket_bytes: float, rows: int, width: int, votes: int,
+        wire_bytes: float, bucket_bytes: float, rows: int, width: int, votes: int, codec_s: float,
     ) -> None:  # fmt: skip
         self.tensors, self.passes, self.lanes, self.ranks = tensors, passes, lanes, ranks
         self.wire_bytes, self.bucket_bytes = wire_bytes, bucket_bytes
         self.rows, self.width, self.votes = rows, width, votes
+        self.codec_s = codec_s
         self.segments: list[Segment] = []
         self.transfers: list[Transfer] = []
         self.sent_bytes = 0.0
@@ -323,12 +328,14 @@ class _Step:
     def _shard_handling(self) -> float:
         """Seconds for all values: others' parts packed, the own part added to what came and scaled.
 
-        In bfloat16 also widened, and the weights' change taken, rounded, and added on both sides.
+        In bfloat16 also widened, and the weights' change taken, rounded, and added on both sides; likewise
+        where both are encoded.
         """
         p, own = self.passes, 1 / self.ranks
         if self.wire_bytes == 4:
             return p.pack_s * ((1 - own) + 2 * own)
-        return p.pack_narrow_s * (1 - own + own) + p.pack_s * (4 * own + (1 - own))
+        narrow_s = self.codec_s + p.pack_s * (1 - own) if self.codec_s else p.pack_narrow_s
+        return narrow_s + p.pack_s * (4 * own + (1 - own))
 
     # --- tensors
 

@@ -15,28 +15,21 @@ import numpy as np
 import torch
 
 from unisono.clock import STEP_PHASES
-from unisono.forecast.constants import DEFAULT
-from unisono.forecast.cost import slowest
-from unisono.forecast.overlap import Lane
-from unisono.forecast.probe import FACTOR, Probe
-from unisono.forecast.replay import FAIR, Foretold, Passes, System, Tensors, foretell, lanes_of
+from unisono.forecast.probe import Probe
+from unisono.forecast.replay import Foretold, Passes, System, Tensors, foretell
 from unisono.observe.environment import peak_memory_bytes
 from unisono.observe.noise import Meter
 from unisono.observe.receipt import Receipt
 from unisono.probe.rates import memory_bytes_per_s
-from unisono.sync.link import Link, measure_link
+from unisono.sync.link import measure_link
 from unisono.sync.zero import TABLE_BYTES, TABLE_SHARE
+from unisono.train.facts import lanes_on, quick_passes, tensors_of
 from unisono.train.job import Job
 from unisono.train.trial import Baseline
 from unisono.train.vote import Ballot, pack
 from unisono.world import cores
 
 FILE = "forecast.json"
-GLOO_BYTES_PER_S = 1e9
-"""What gloo moves with a core to itself (two unshaped hosts of one core: 0.9 to 1.1 GB/s,
-benchmarks/grid.py): a link of as much leaves half a core to the compute beside it. A probe measures it."""
-FORWARD = 1 / 3
-"""Of a pass, where it was timed as a whole: 2 of 6 operations a value (Kaplan 2020)."""
 QUICK_BYTES = 16 << 20
 """To see how fast memory is; more would raise the peak that is foretold."""
 LOOKED_AT = 3
@@ -113,7 +106,7 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     per_core = max(1.0, world.local_size * (world.threads or 1) / cores())
     if probe:  # what it measured was shared already
         per_core /= max(1.0, probe.per_node * probe.threads / cores())
-    lanes, lanes_from = _lanes(probe, link, holders, world.device, per_core)
+    lanes, lanes_from = lanes_on(probe, link, holders, world.device, per_core)
     step = foretell(
         system, tensors, passes, lanes, holders,
         wire_bytes=2 if job.config.wire == "bfloat16" else 4, bucket_bytes=plan.bucket_mb * 2**20,
@@ -182,61 +175,18 @@ def _passes(
         return passes, "the probe of this model and micro-batch"
     if baseline is None:
         return None, "nothing timed a pass alone; run unisono probe first, or set baseline_steps"
-    values = tensors.total
-    both = baseline.together_s
-    optimizer_s = (28 if config.optim == "adamw" else 16) * values / rate
-    pack_s = 8 * values / rate
-    n, c = job.world.size, DEFAULT
-    waiting_s = slowest(n) * (c.jitter * plan.accumulation * both + c.jitter_s) if n > 1 else 0.0
-    passes = Passes(
-        FORWARD * both,
-        (1 - FORWARD) * both,
-        optimizer_s,
-        plan.accumulation,
-        waiting_s,
-        pack_s,
-        pack_s,
+    passes = quick_passes(
+        baseline.together_s, plan.accumulation, tensors.total, config.optim, rate, job.world.size
     )
     return passes, "micro-batches timed without communication at the start"
 
 
-def _lanes(
-    probe: Probe | None, link: Link | None, ranks: int, device: str, per_core: float
-) -> tuple[dict[str, Lane], str]:
-    if link is None:
-        return {}, "one replica"
-    if probe and probe.links:
-        return lanes_of(probe, ranks, per_core), "the probe"
-    busy = min(1.0, link.bytes_per_s / GLOO_BYTES_PER_S) if device == "cpu" else DEFAULT.contention
-    beside = min(1.0, FAIR / busy) if device == "cpu" else 1.0
-    lane = Lane(link.latency_s, link.bytes_per_s, 1 - busy * beside, beside)
-    return dict.fromkeys(FACTOR, lane), "a quick look at the start"
-
-
 def _tensors(job: Job) -> Tensors:
-    model = job.model
-    embedding = model.get_input_embeddings().weight
-    output = model.get_output_embeddings()
-    tied = output is not None and output.weight is embedding
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    rest = [p for _, p in trained if p is not embedding]
-    table = len(embedding) * embedding.shape[1] if len(rest) < len(trained) else 0
-    over = (
-        job.plan.mesh.shard * job.plan.mesh.context if _system(job) == "sharded" else 1
-    )  # whose multiples FSDP fills rows up to
-
-    def values(p: torch.Tensor) -> int:
-        return -(-len(p) // over) * over * (p.numel() // len(p)) if p.dim() else 1
-
-    sizes = [values(p) for p in rest]
-    if _system(job) == "shards" and not _is_table(job, embedding):
-        sizes, table = [table, *sizes] if table else sizes, 0
-    blocks: list[int] = []
-    if job.config.sync == "sharded":
-        from unisono.sync.sharded import find_blocks
-
-        blocks = [sum(values(p) for p in b.parameters()) for b in find_blocks(model)]
-    return Tensors(tuple(sizes), tuple(blocks), table, tied)
+    system, embedding = _system(job), job.model.get_input_embeddings().weight
+    # FSDP fills rows up to multiples of its ranks.
+    over = job.plan.mesh.shard * job.plan.mesh.context if system == "sharded" else 1
+    by_rows = system != "shards" or _is_table(job, embedding)
+    return tensors_of(job.model, over, by_rows, blocks=system == "sharded")
 
 
 def _is_table(job: Job, weight: torch.Tensor) -> bool:
