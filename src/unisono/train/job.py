@@ -28,7 +28,7 @@ from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoEr
 from unisono.files import write_json
 from unisono.forecast.probe import Probe
 from unisono.mesh import Divided, Mesh
-from unisono.model import adapter
+from unisono.model import adapter, quantize
 from unisono.model.load import load_model
 from unisono.observe.flops import Flops, count
 from unisono.observe.noise import Meter
@@ -199,6 +199,7 @@ def set_up(
             sequence_length=config.sequence_length,
             gradient_checkpointing=config.gradient_checkpointing,
             score=config.reward is not None,
+            quantized=quantize.asked(config.lora, world.device, config.bf16),
         )
         if config.wants_pairs:
             _without_dropout(model)
@@ -241,7 +242,7 @@ def set_up(
 
     trained = [p for p in model.parameters() if p.requires_grad]
     facts = Facts(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(quantize.values(p) for p in model.parameters()),
         trainable=sum(p.numel() for p in trained),
         gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
         train_samples=len(train_blocks),
@@ -251,6 +252,7 @@ def set_up(
         divided=division.divided if division else Divided(),
         once=_kept(model) if config.sync == "sharded" else 0.0,
         attention=(attention.name, attention.reason),
+        spared_bytes=quantize.spared_bytes(model) if quantize.told(model) else 0,
     )
     strict = config.determinism == "strict"
     largest = largest_micro_batch(config, world)
@@ -425,7 +427,11 @@ def _with_reference(
 
     def load() -> "PreTrainedModel":
         loaded = load_model(
-            model, tokenizer, seed=config.seed, sequence_length=config.sequence_length
+            model,
+            tokenizer,
+            seed=config.seed,
+            sequence_length=config.sequence_length,
+            quantized=quantize.asked(config.lora, world.device, config.bf16),
         )
         choose(loaded, asked_attention(config, mesh), world.device)
         return loaded
@@ -437,6 +443,8 @@ def _with_reference(
         "attention": str(config.attention),
         "device": world.device.split(":")[0],
     }
+    if config.lora is not None and config.lora.load_in_4bit:
+        made_from["quantized"] = f"nf4, double: {config.lora.bnb_4bit_use_double_quant}"
     own = prepared.eval_folder
     folders = [prepared.folder, own] if own else [prepared.folder]
     values = [
@@ -472,7 +480,7 @@ def _share_adapters(model: torch.nn.Module, votes: Group) -> None:
             votes.broadcast(p.detach()).wait()
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
     try:
-        check_replicas(frozen, votes, step=0)
+        check_replicas([*frozen, *quantize.scales(model)], votes, step=0)
     except ReplicaError as error:
         raise ReplicaError(
             f"model: the hosts have other base models: {error}"
