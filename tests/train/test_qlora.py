@@ -163,7 +163,7 @@ def test_a_resume_is_exact_at_any_number_of_replicas(place: Path, tmp_path: Path
     finish(place, tmp_path / "parts", 1, max_steps=4, **strict)
     finish(place, tmp_path / "parts", 4, **strict)
     assert digest(tmp_path / "whole") == digest(tmp_path / "parts")
-    config = job(place, tmp_path / "parts", lora={**QLORA, "load_in_4bit": False})
+    config = job(place, tmp_path / "parts", lora={**QLORA, "load_in_4bit": False}, **strict)
     assert "lora: found" in ends_of(place, 1, config)[0][0]
 
 
