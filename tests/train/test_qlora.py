@@ -76,9 +76,11 @@ def quantized(place: Path, **fields: object):
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, **fields
     )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         place / "base", quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
     )
+    quantize.keep_layout(model)
+    return model
 
 
 def plain_loop(place: Path, double: bool) -> list[float]:
@@ -223,7 +225,7 @@ def test_preferences_are_compared_with_the_quantized_model(tmp_path: Path) -> No
     config = make_pair_job(model, data, tmp_path / "run", lora=QLORA, max_steps=2, learning_rate=1e-9)  # fmt: skip
     assert [end for end, _, _ in ends_of(tmp_path, 2, config)] == ["done"] * 2
     first = next(row for row in rows(tmp_path / "run") if "train/loss" in row)
-    assert first["train/loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert first["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
 
 
 def test_a_reward_model_keeps_its_head_whole(tmp_path: Path) -> None:
