@@ -133,7 +133,7 @@ def test_only_what_is_trained_travels_is_kept_and_is_saved(place: Path, tmp_path
             size += 4 * LORA["r"] * (module.in_features + module.out_features)
     for ranks in (2, 4):
         output = tmp_path / str(ranks)
-        finish(place, output, ranks)
+        finish(place, output, ranks, max_steps=4, save_steps=2)
         plan = json.loads((output / "plan.json").read_text())
         formula = 2 * size * (ranks - 1) // ranks
         assert plan["sent_bytes_per_step"] == formula
