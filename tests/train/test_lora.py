@@ -102,9 +102,10 @@ def plain_loop(place: Path, lora: dict) -> tuple[list[float], dict[str, torch.Te
     ("ours", "pefts"),
     [
         (LORA, {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
-        (
+        pytest.param(
             {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True, "use_dora": True, "modules_to_save": ["lm_head"]},
             {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True, "use_dora": True, "modules_to_save": ["lm_head"]},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["all-linear", "named, rsLoRA, DoRA, lm_head"],
