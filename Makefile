@@ -41,7 +41,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/constraints.txt
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/constraints.txt
-	$(PIP) -e '.[demo,dev,data,tensorboard,prometheus]'
+	$(PIP) -e '.[demo,dev,data,gguf,lora,tensorboard,prometheus]'
 	touch $@
 
 clean:

@@ -19,8 +19,14 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "torch.distributed", "transformers.models.llama.modeling_llama", "unisono.sync"]
+_context.set_forkserver_preload(  # what is not installed is passed over
+    [
+        "torch",
+        "torch.distributed",
+        "transformers.models.llama.modeling_llama",
+        "unisono.sync",
+        "peft",
+    ]
 )
 
 

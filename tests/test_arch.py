@@ -75,6 +75,23 @@ def test_nothing_is_unpickled_or_evaluated(path: str) -> None:
             raise AssertionError(f"{path}:{node.value.lineno}: a shell")
 
 
+def test_no_model_is_unpickled() -> None:
+    """Wherever transformers loads weights, only from safetensors."""
+    found = 0
+    for path, tree in FILES.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            if not (name.startswith("AutoModel") and name.endswith(".from_pretrained")):
+                continue
+            found += 1
+            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            safe = given.get("use_safetensors") == "True" or given.get(None) == "local"
+            assert safe, f"{path}:{node.lineno}"
+    assert found >= 9
+
+
 def test_only_synchronization_communicates() -> None:
     users = {
         path for path, tree in FILES.items() if any(m.startswith("torch.distributed") for m in imports(tree))
@@ -97,7 +114,7 @@ DOWNWARDS = {
     "data": {"errors", "files", "config", "data"},
     "model": {"errors", "files", "config", "model"},
     "attention": {"errors", "config", "attention", "data.blocks", "sync.ledger", "sync.link"},
-    "generate": {"errors", "attention.choose", "train.checkpoint", "guard"},
+    "generate": {"errors", "attention.choose", "model.quantize", "train.checkpoint", "guard"},
     "guard": {"errors", "files", "evaluate.refusals", "evaluate.toxicity"},
     "monitor": {"errors", "files", "guard", "evaluate.toxicity"},
     "evaluate": {
@@ -108,6 +125,7 @@ DOWNWARDS = {
         "attention.choose",
         "data.preferences",
         "data.problems",
+        "model.quantize",
         "sync.ledger",
         "train.checkpoint",
         "train.together",
@@ -124,6 +142,7 @@ DOWNWARDS = {
         "config",
         "plan",
         "forecast",
+        "model.quantize",
         "observe",
         "train.trial",
         "sync.ledger",

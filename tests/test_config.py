@@ -332,3 +332,11 @@ def test_attention_is_a_word_or_a_mapping() -> None:
 )
 def test_attention_that_makes_no_sense_is_told(attention: Any, told: str) -> None:
     assert told in refusal(attention=attention)
+
+
+def test_quantized_scales_are_of_quantized_weights() -> None:
+    fields = {"model": "m", "data": "d", "output_dir": "o"}
+    asked = parse({**fields, "lora": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}})
+    assert asked.lora.load_in_4bit and asked.lora.bnb_4bit_use_double_quant
+    with pytest.raises(ConfigError, match=r"lora: found .* needs load_in_4bit: true"):
+        parse({**fields, "lora": {"bnb_4bit_use_double_quant": True}})

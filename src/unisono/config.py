@@ -96,6 +96,16 @@ class LoraConfig(_Section):
     """Learn the length of each row of the weight apart from its direction."""
     modules_to_save: Paths = ()
     """Modules that are trained whole and saved beside the adapters, such as [lm_head]."""
+    load_in_4bit: bool = False
+    """QLoRA: frozen weights of linear layers in 4 bits (nf4). Needs the extra `qlora`."""
+    bnb_4bit_use_double_quant: bool = False
+    """With it: the scales of their blocks in 8 bits, which saves another 0.05 byte a weight."""
+
+    @model_validator(mode="after")
+    def _scales_are_of_quantized_weights(self) -> Self:
+        if self.bnb_4bit_use_double_quant and not self.load_in_4bit:
+            raise ValueError("bnb_4bit_use_double_quant needs load_in_4bit: true")
+        return self
 
     @field_validator("target_modules", mode="before")
     @classmethod

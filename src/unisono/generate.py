@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unisono.errors import ConfigError
+from unisono.model import quantize
 from unisono.train import checkpoint
 
 if TYPE_CHECKING:
@@ -72,15 +73,21 @@ def load(model: str, device: str = "auto") -> "tuple[PreTrainedModel, PreTrained
             raise ConfigError(f"{model}: neither a model nor a checkpoint in it yet")
         model = str(newest.path)
     local = Path(model).is_dir()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=local)
-        loaded = AutoModelForCausalLM.from_pretrained(model, local_files_only=local)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model,
+            local_files_only=local,
+            use_safetensors=True,
+            **quantize.beside(Path(model), device, torch.float32),
+        )
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:300]
         raise ConfigError(f"{model}: not a model that can be loaded: {line}") from None
+    quantize.keep_layout(loaded)
     follow(loaded, Path(model))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return loaded.to(device), tokenizer
 
 

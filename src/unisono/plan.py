@@ -43,6 +43,8 @@ class Facts:
     """Sequences of a sample: two of a preference pair."""
     row_tokens: int = 0
     """Of each of them, where they are not padded to `sequence_length`: the mean."""
+    spared_bytes: int = 0
+    """Of 4 bytes a weight, what quantized ones do not take."""
     hides_whole: bool = False
     """Measured here: whole gradients travel in a small part of a step's compute, and memory is ample."""
 
@@ -316,7 +318,7 @@ def _memory_bytes(config: Config, facts: Facts, mesh: Mesh, shard: bool) -> int:
     """Weights, gradients, optimizer state and received pieces on each rank."""
     moments = {"adamw": 2, "sgd": int(config.momentum > 0)}[config.optim]
     size = facts.gradient_bytes - facts.off_rank(mesh) * _width(facts)
-    weights = 4 * (facts.parameters - facts.off_rank(mesh))
+    weights = 4 * (facts.parameters - facts.off_rank(mesh)) - facts.spared_bytes
     if config.sync == "sharded":
         return (weights + size * (1 + moments)) // (mesh.shard * mesh.context)
     n = mesh.holders

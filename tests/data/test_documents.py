@@ -72,6 +72,12 @@ def turns(*who):
     return json.dumps({"conversations": [{"from": w, "value": "x"} for w in who]}).encode()
 
 
+def asked(prompt, *completion):
+    both = {"prompt": prompt, "completion": completion}
+    chats = {name: [{"role": r, "content": "x"} for r in roles] for name, roles in both.items()}
+    return json.dumps(chats).encode()
+
+
 def messages(*roles):
     return json.dumps({"messages": [{"role": r, "content": "x"} for r in roles]}).encode()
 
@@ -117,6 +123,25 @@ BAD = {
     ),
     b'{"prompt": "x", "completion": ""}': ("empty text", "completion is empty"),
     b'{"prompt": "x", "completion": null}': ("wrong type", "completion must be text"),
+    b'{"prompt": "x", "completion": []}': ("wrong type", "prompt must be a list, found text 'x'"),
+    b'{"prompt": [], "completion": "x"}': ("wrong type", "completion must be a list"),
+    asked([], "assistant"): ("bad chat", "prompt holds no message"),
+    asked(["user"]): ("bad chat", "completion holds no message"),
+    asked(["user", "assistant"], "user", "assistant"): (
+        "bad chat",
+        "prompt[1] is assistant: a prompt ends with user",
+    ),
+    asked(["user", "user"], "assistant"): ("bad chat", "prompt[1] is user after user"),
+    asked(["user"], "user"): ("bad chat", "completion[0] is user after user"),
+    asked(["user"], "assistant", "assistant"): (
+        "bad chat",
+        "completion[1] is assistant after assistant",
+    ),
+    asked(["user"], "tool"): ("bad chat", "completion[0].role must be"),
+    b'{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": " "}]}': (
+        "empty text",
+        "completion[0].content is empty",
+    ),
     b'{"messages": "x"}': ("wrong type", "must be a list"),
     b'{"messages": []}': ("bad chat", "no assistant"),
     b'{"messages": ["x"]}': ("wrong type", "messages[0] must be an object"),

@@ -87,6 +87,20 @@ def test_only_the_completion_is_learned(tokenizer):
     assert flags[-1] == LEARNED | ENDS
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_of_messages_the_completion_alone_is_learned(fresh, marked):
+    if not marked:
+        fresh.chat_template = UNMARKED
+    turns = [{"role": role, "content": content} for role, content in TALK.messages]
+    stretches, whole, ids, flags = learned_text(
+        fresh, [Completion("x", 1, 0, turns[:4], turns[4:])]
+    )
+    assert whole == fresh.apply_chat_template(turns, tokenize=False)
+    before = fresh.apply_chat_template(turns[:4], tokenize=False, add_generation_prompt=True)
+    assert stretches == [whole.removeprefix(before)] and stretches[0].startswith("jumps<|im_end|>")
+    assert np.flatnonzero(flags & ENDS).tolist() == [len(ids) - 1]
+
+
 def test_marked_template(tokenizer):
     stretches, _, ids, flags = learned_text(tokenizer, [TALK, TALK])
     assert stretches == ["a lazy dog<|im_end|>", "jumps<|im_end|>"] * 2

@@ -88,5 +88,7 @@ def test_rows_of_completions() -> None:
     np.testing.assert_array_equal(batch.labels, labels)
     np.testing.assert_array_equal(batch.position_ids, [range(5)] * 3)
     assert batch.completions == 3
+    one = rollout([[7, 8]], [[1]], padding=0)
+    assert all(t.flags.writeable for t in (one.input_ids, one.labels, one.position_ids))
     empty = rollout([], [], padding=0)
     assert empty.completions == 0 and (empty.labels == NO_LABEL).all() and empty.labels.shape[1] > 1

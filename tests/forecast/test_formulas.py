@@ -442,3 +442,20 @@ def test_adapters_leave_a_third_less_to_compute_and_little_to_send_or_keep() -> 
     assert kept.gradients == pytest.approx(share * before.gradients)
     assert kept.optimizer == pytest.approx(share * before.optimizer)
     assert trained_values(adapted) == 41_943_040
+
+
+def test_4_bits_leave_an_eighth_of_the_frozen_matrices_and_cost_their_expansion() -> None:
+    """A 65B model's weights in nf4 with double quantization: 0.5 + 0.127 / 8 bytes (QLoRA, section 3)."""
+    gpu = device("H100")
+    model = NAMED["llama3-8b"].with_adapters(16, None, ())
+    whole = Run(model, 4096, 1, 1, Mesh(replica=8), "exact", weight_bytes=4)
+    for double, each in ((False, 0.5 + 0.5 / 8), (True, 0.5 + 0.127 / 8)):
+        run = replace(whole, model=model.in_4_bits(double))
+        matrices = 32 * model.layer_parameters
+        assert run.model.quantized == pytest.approx(each, rel=1e-3)
+        less = memory(whole).weights - memory(run).weights
+        assert less == pytest.approx((4 - each) * matrices, rel=1e-3)
+        assert memory(run).buffers - memory(whole).buffers == 2 * 4096 * 14336
+        before, after = (step(r, gpu, fabric(gpu)).compute for r in (whole, run))
+        moved = 2 * (each + 2) * matrices / gpu.memory_bytes_per_s
+        assert after - before == pytest.approx(moved, rel=1e-3)

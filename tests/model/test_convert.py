@@ -12,7 +12,9 @@ import torch
 from unisono.config import DataConfig, TokenizerConfig
 from unisono.data.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from unisono.errors import ConfigError
+from unisono.generate import generate
 from unisono.model.convert import import_model
+from unisono.model.load import load_model
 
 WORDS = "the quick brown fox jumps over a lazy dog 1 2 3 4 5 6 7 8 9 0  'while' seven\n"
 
@@ -301,3 +303,16 @@ def test_what_is_written_is_compared_with_its_source(directory, tmp_path, monkey
 
     monkeypatch.setattr(convert, "_write", spoilt)
     refused(directory, tmp_path / "out", "computes something else")
+
+
+def test_weights_are_never_unpickled(tmp_path, model, tokenizer):
+    """A folder that has its weights as pickle only, which transformers would read."""
+    model.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for score in (False, True):
+        with pytest.raises(ConfigError, match=r"pickle only \(pytorch_model\.bin\)") as said:
+            load_model(str(tmp_path), tokenizer, seed=0, sequence_length=16, score=score)
+        assert "save_pretrained(OUT)" in str(said.value) and "\n" not in str(said.value)
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+        generate(str(tmp_path), "the", device="cpu")

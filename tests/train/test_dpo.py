@@ -180,7 +180,7 @@ def finish(place: Path, output: Path, size: int, **changes: object) -> dict:
     return json.loads((output / "receipt.json").read_text())
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4}])
+@pytest.mark.parametrize("lora", [None, pytest.param({"r": 4}, marks=pytest.mark.slow)])
 def test_replicas_equal_one(lora: dict | None, place: Path, tmp_path: Path) -> None:
     if lora:
         pytest.importorskip("peft")

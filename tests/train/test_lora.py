@@ -102,9 +102,10 @@ def plain_loop(place: Path, lora: dict) -> tuple[list[float], dict[str, torch.Te
     ("ours", "pefts"),
     [
         (LORA, {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
-        (
+        pytest.param(
             {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True, "use_dora": True, "modules_to_save": ["lm_head"]},
             {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True, "use_dora": True, "modules_to_save": ["lm_head"]},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["all-linear", "named, rsLoRA, DoRA, lm_head"],
@@ -133,7 +134,7 @@ def test_only_what_is_trained_travels_is_kept_and_is_saved(place: Path, tmp_path
             size += 4 * LORA["r"] * (module.in_features + module.out_features)
     for ranks in (2, 4):
         output = tmp_path / str(ranks)
-        finish(place, output, ranks)
+        finish(place, output, ranks, max_steps=4, save_steps=2)
         plan = json.loads((output / "plan.json").read_text())
         formula = 2 * size * (ranks - 1) // ranks
         assert plan["sent_bytes_per_step"] == formula

@@ -56,19 +56,33 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- against TRL
 
 
-@pytest.mark.parametrize("kind", ["messages, marked template", "prompt-completion, unmarked"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "messages, marked template",
+        "prompt-completion, unmarked",
+        "the last reply, marked template",
+        "the last reply, unmarked",
+        "several turns, unmarked",
+    ],
+)
 def test_loss_and_gradients_are_trls(kind: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    records = chats(9, 3 if kind.startswith("messages") else 1)
+    records = chats(9, 1 if kind.startswith("prompt") else 3)
+    if "repl" in kind or "turns" in kind:  # all that stands after the prompt is learned
+        cut = -1 if "repl" in kind else 1
+        records = [
+            {"prompt": r["messages"][:cut], "completion": r["messages"][cut:]} for r in records
+        ]
     path = write(tmp_path / "chats.jsonl", records)
     data = DataConfig(path=str(path))
     tokenizer = load_tokenizer(
         {"model_type": "llama"}, TokenizerConfig(vocab_size=300), data, tmp_path / "cache"
     )
-    if kind.startswith("prompt"):
+    if "unmarked" in kind:
         tokenizer.chat_template = UNMARKED
     torch.manual_seed(0)
     config = LlamaConfig(

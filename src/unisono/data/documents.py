@@ -6,7 +6,7 @@ key, no lone surrogate, because each of them means that another reader would see
 
 With `pairs` every record is to be a preference pair (data/preferences.py), and nothing else is used.
 Otherwise, what a record is, the first of these that it has: `messages`, a chat; `conversations` (ShareGPT: from,
-value), a chat; `prompt` and `completion`, a completion; `instruction` and `output` (Alpaca, with `input`
+value), a chat; `prompt` and `completion`, two texts or two lists of messages, a completion; `instruction` and `output` (Alpaca, with `input`
 if there is one), a chat of one exchange; the text field, text. A plain text file is one document; as it may be larger than memory it comes in
 segments of SEGMENT_CHARS or some more, cut at line ends, which are tokenized apart. Line ends become
 `\\n`, as for any text file in Python.
@@ -51,13 +51,17 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and its completion. The completion is learned."""
+    """A prompt and its completion, two texts or messages. The completion is learned."""
 
     file: str
     line: int
     consumed: int
-    prompt: str
-    completion: str
+    prompt: str | Messages
+    completion: str | Messages
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.prompt, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,8 +271,7 @@ def _document(
     if "conversations" in record:
         return Chat(file, line, consumed, _sharegpt(record))
     if "prompt" in record and "completion" in record:
-        prompt, completion = _string(record, "prompt"), _string(record, "completion")
-        return Completion(file, line, consumed, prompt, completion)
+        return Completion(file, line, consumed, *_completion(record))
     if "instruction" in record and "output" in record:
         return Chat(file, line, consumed, _alpaca(record))
     if text_field not in record:
@@ -330,12 +333,39 @@ def _system(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return (("system", content),) if content.strip() else ()
 
 
-def _messages(value: Any) -> tuple[tuple[str, str], ...]:
+def _completion(record: Mapping[str, Any]) -> tuple[str | Messages, str | Messages]:
+    """Two texts, or two lists of messages that make one chat."""
+    if not any(isinstance(record[name], list) for name in ("prompt", "completion")):
+        return _string(record, "prompt"), _string(record, "completion")
+    asked = _turns(record["prompt"], "prompt")
+    said = _turns(record["completion"], "completion")
+    roles = [role for role, _ in (*asked, *said)]
+    if not asked or not said:
+        raise _bad("bad chat", f"{'completion' if asked else 'prompt'} holds no message")
+    if asked[-1][0] != "user":
+        reason = f"prompt[{len(asked) - 1}] is {asked[-1][0]}: a prompt ends with user"
+        raise _bad("bad chat", reason)
+    shift = len(asked)
+    _in_turn(roles, lambda i: f"prompt[{i}]" if i < shift else f"completion[{i - shift}]")
+    prompt, completion = (
+        [{"role": role, "content": content} for role, content in turns] for turns in (asked, said)
+    )
+    return prompt, completion
+
+
+def _messages(value: Any, name: str = "messages") -> tuple[tuple[str, str], ...]:
+    messages = _turns(value, name)
+    _in_turn([role for role, _ in messages], lambda i: f"{name}[{i}]")
+    return messages
+
+
+def _turns(value: Any, name: str) -> tuple[tuple[str, str], ...]:
+    """(role, content) of each message, in whatever order."""
     if not isinstance(value, list):
-        raise _bad("wrong type", f"messages must be a list, found {_kind(value)}")
+        raise _bad("wrong type", f"{name} must be a list, found {_kind(value)}")
     messages = []
     for i, message in enumerate(value):
-        where = f"messages[{i}]"
+        where = f"{name}[{i}]"
         if not isinstance(message, Mapping):
             raise _bad("wrong type", f"{where} must be an object, found {_kind(message)}")
         role = message.get("role")
@@ -344,7 +374,6 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
             raise _bad("bad chat", reason)
         content = _string(message, "content", where + ".", may_be_empty=role == "system")
         messages.append((role, content))
-    _in_turn([role for role, _ in messages], lambda i: f"messages[{i}]")
     return tuple(messages)
 
 

@@ -8,7 +8,8 @@ they do not, the record is reported and left out.
 
 - text: what the tokenizer itself puts before a text (Llama's begin token; nothing for most), the
   text, the end token. Everything is learned.
-- completion: the same with the prompt before it. The completion and the end token are learned.
+- completion: the same with the prompt before it; of messages, the template's rendering. The completion, or
+  what it adds to the rendered prompt, and the end token are learned.
 - chat: the chat template's rendering. What stands in its {% generation %} blocks is learned; a
   template without them is rendered message by message, and what each assistant message adds
   after the generation prompt is learned.
@@ -147,15 +148,17 @@ def _sequences(document: Document, encoder: Encoder) -> list[Pieces]:
     """One for a document, two for a pair."""
     if isinstance(document, Pair):
         return [_answer(document, a, encoder) for a in (document.chosen, document.rejected)]
+    if isinstance(document, Completion):
+        return [_answer(document, document.completion, encoder)]
     return [_pieces(document, encoder)]
 
 
-def _answer(pair: Pair, answer: str | Messages, encoder: Encoder) -> Pieces:
-    """The prompt of `pair`, and what `answer` adds to it."""
-    if isinstance(pair.prompt, str) and isinstance(answer, str):
-        return [(pair.prompt, False), (answer, True)]
-    _need_template(pair, encoder)
-    prompt = as_messages(pair.prompt, "user")
+def _answer(asked: Pair | Completion, answer: str | Messages, encoder: Encoder) -> Pieces:
+    """The prompt of `asked`, and what `answer` adds to it."""
+    if isinstance(asked.prompt, str) and isinstance(answer, str):
+        return [(asked.prompt, False), (answer, True)]
+    _need_template(asked, encoder)
+    prompt = as_messages(asked.prompt, "user")
 
     def render(messages: Messages, prompt: bool) -> str:
         return str(encoder.tokenizer.apply_chat_template(
@@ -172,7 +175,7 @@ def _answer(pair: Pair, answer: str | Messages, encoder: Encoder) -> Pieces:
     return [(before, False), (whole[len(before) :], True)]
 
 
-def _need_template(document: Chat | Pair, encoder: Encoder) -> None:
+def _need_template(document: Chat | Completion | Pair, encoder: Encoder) -> None:
     if not encoder.tokenizer.chat_template:
         raise ConfigError(
             f"tokenizer: it has no chat template, but {document.file}:{document.line} holds messages:"
@@ -180,11 +183,9 @@ def _need_template(document: Chat | Pair, encoder: Encoder) -> None:
         )
 
 
-def _pieces(document: Text | Completion | Chat, encoder: Encoder) -> Pieces:
+def _pieces(document: Text | Chat, encoder: Encoder) -> Pieces:
     if isinstance(document, Text):
         return [(document.text, True)]
-    if isinstance(document, Completion):
-        return [(document.prompt, False), (document.completion, True)]
     return _chat_pieces(document, encoder)
 
 
@@ -281,7 +282,9 @@ def _framed(
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
     """The begin and end tokens around a document's ids, its flags, and its last token marked."""
     text = isinstance(document, Text)
-    rendered = isinstance(document, Chat) or (isinstance(document, Pair) and document.is_chat)
+    rendered = isinstance(document, Chat) or (
+        isinstance(document, Pair | Completion) and document.is_chat
+    )
     opens = not rendered and (not isinstance(document, Text) or document.first)
     closes = not rendered and (not isinstance(document, Text) or document.last)
     prefix = np.array(encoder.prefix if opens else (), np.uint32)

@@ -197,10 +197,12 @@ def _size(document: Document) -> int:
     """Characters, near enough to bytes to bound memory by."""
     if isinstance(document, Text):
         return len(document.text)
-    if isinstance(document, Completion):
-        return len(document.prompt) + len(document.completion)
-    if isinstance(document, Pair):
-        whole = (document.prompt, document.prompt, document.chosen, document.rejected)
+    if isinstance(document, Pair | Completion):
+        whole = (
+            (document.prompt, document.completion)
+            if isinstance(document, Completion)
+            else (document.prompt, document.prompt, document.chosen, document.rejected)
+        )
         return sum(len(m["content"]) for part in whole for m in as_messages(part, ""))
     return sum(len(content) for _, content in document.messages)
 

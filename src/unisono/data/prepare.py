@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Progress = Callable[[str, float], None]
-RECORDS = 2
-"""Version of how records are read: 2 knows Alpaca and ShareGPT, and keeps chats whole."""
+RECORDS = 3
+"""Version of how records are read: 2 knows Alpaca and ShareGPT, and keeps chats whole; 3 completions of messages."""
 
 
 @dataclass(frozen=True, slots=True)

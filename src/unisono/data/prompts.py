@@ -74,10 +74,10 @@ def rollout(
         end = len(prompt) + len(completion)
         ids[row, :end] = (*prompt, *completion)
         labels[row, len(prompt) : end] = completion
-    positions = np.broadcast_to(np.arange(shape[1]), shape)
+    positions = np.tile(np.arange(shape[1]), (shape[0], 1))
     apart = np.zeros((shape[0], shape[1] - 1), np.float32)
     return Rollout(
-        ids, labels, np.ascontiguousarray(positions), False, np.zeros(shape[0], np.float32), apart,
+        ids, labels, positions, False, np.zeros(shape[0], np.float32), apart,
         None, len(pairs), {},
     )  # fmt: skip
 

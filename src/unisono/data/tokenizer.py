@@ -17,6 +17,7 @@ from unisono.config import DataConfig, TokenizerConfig
 from unisono.data.cache import locked, publish
 from unisono.data.documents import Chat, Completion, Document, Text, read
 from unisono.data.fingerprint import contents, digest
+from unisono.data.preferences import as_messages
 from unisono.data.problems import Problems
 from unisono.data.source import Source, resolve
 from unisono.errors import ConfigError
@@ -183,6 +184,7 @@ def _texts(document: Document) -> tuple[str, ...]:
     if isinstance(document, Chat):
         return tuple(content for _, content in document.messages)
     if isinstance(document, Completion):
-        return (document.prompt, document.completion)
+        both = (document.prompt, document.completion)
+        return tuple(m["content"] for part in both for m in as_messages(part, ""))
     assert isinstance(document, Text)  # pairs tune a model that has its tokenizer
     return (document.text,)

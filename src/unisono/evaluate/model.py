@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from unisono.errors import CheckpointError, ConfigError, UnisonoError
 from unisono.evaluate.items import Answer, Generation, Likelihood
+from unisono.model import quantize
 from unisono.train import checkpoint
 
 if TYPE_CHECKING:
@@ -97,10 +98,17 @@ def load(source: Source, device: str, dtype: str) -> Loaded:
             source.path,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             local_files_only=Path(source.path).is_dir(),
+            use_safetensors=True,
+            **quantize.beside(
+                Path(source.path),
+                device,
+                torch.float32 if dtype == "auto" else getattr(torch, dtype),
+            ),
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{source.path}: cannot be loaded: {_line(error)}") from None
     model = model.to(device).eval()
+    quantize.keep_layout(model)
     follow(model, Path(source.path))
     return Loaded(source, model, tokenizer_of(source), context_of(model.config))
 

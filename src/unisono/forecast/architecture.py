@@ -39,6 +39,8 @@ class Architecture:
     """Of the positions whose logits are computed; masked language models predict some."""
     adapters: int = 0
     """Values that are trained beside a model that stays as it is (LoRA); 0: all of its own are."""
+    quantized: float = 0.0
+    """Bytes of a layer's matrix value, where these are frozen in 4 bits (QLoRA); 0: as wide as the others."""
 
     @property
     def products(self) -> dict[str, tuple[int, int]]:
@@ -69,6 +71,10 @@ class Architecture:
                     )
         each = sum(rank * sum(sizes[name]) for name in targets or sizes)
         return replace(self, adapters=self.layers * each + sum(ends[name] for name in whole))
+
+    def in_4_bits(self, double: bool) -> "Architecture":
+        """Frozen matrices in nf4: blocks of 64 share 4 bytes, or 1 with 4 for 256 of these (QLoRA, section 3)."""
+        return replace(self, quantized=0.5 + (1 + 4 / 256 if double else 4) / 64)
 
     @property
     def layer_parameters(self) -> int:

@@ -92,8 +92,13 @@ def layer_work(
     if model.adapters:  # a frozen weight has none; its adapters have both
         added = products * model.adapters / (model.layers * model.layer_parameters)
         products, down, own = products + added, products + added, added
-    forward = max(launch, products + moved + attention + between)
-    backward = max(2 * launch, own + down + 2 * (moved + between) + attention_back)
+    expand = 0.0
+    if (
+        model.quantized
+    ):  # read, and written as wide as they are multiplied, before each pass over them
+        expand = (model.quantized + width) * model.layer_parameters / tensor / memory
+    forward = max(launch, products + moved + attention + between + expand)
+    backward = max(2 * launch, own + down + 2 * (moved + between) + attention_back + expand)
     again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
     if recompute == "selective" and flash:
         mlp = model.hidden * model.ffn * (2 if model.gated else 1) / model.layer_parameters

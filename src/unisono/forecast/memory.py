@@ -4,6 +4,7 @@ For Psi values in bf16 with float32 master weights and AdamW, 16 Psi bytes (Rajb
 1910.02054): 2 weights, 2 gradients (4 if summed in float32), 12 optimizer. ZeRO-1 divides the optimizer
 by the ranks that own it, ZeRO-2 gradients as well, FSDP all. Activations are counted as in `compute`
 (Korthikanti 2022); full recomputation keeps 2 h bytes a token and layer, and one layer whole.
+Frozen matrices in 4 bits (QLoRA, arXiv 2305.14314) take half a byte a value and their scales.
 """
 
 import math
@@ -61,6 +62,10 @@ def memory(run: Run) -> Memory:
         buffers = weight * (2 * unit + root) + run.gradient_bytes * max(unit, root)
     elif mesh.holders > 1:
         buffers = 2.0 * min(run.bucket_bytes, trained * run.gradient_bytes)
+    weights = weight * held
+    if model.quantized:  # and a matrix at a time as wide as it is multiplied
+        weights -= (weight - model.quantized) * layers * model.layer_parameters / mesh.tensor
+        buffers += width * max(i * o for i, o in model.products.values())
     here = run.micro_batch * run.sequence / mesh.context / mesh.tensor
     one = here * saved_bytes(model, run.sequence, run.flash) * width / 2
     in_flight = min(mesh.pipeline, run.accumulation)
@@ -70,7 +75,7 @@ def memory(run: Run) -> Memory:
     # 16 bits, float32 and its gradient; a fused loss keeps 16 bits and their gradient.
     logits = (4 if run.stack == "fused" else 10) * here * model.vocab * model.head_share
     return Memory(
-        weight * held / by[0], grad * trained / by[1], master * trained / by[2], activations, logits,
+        weights / by[0], grad * trained / by[1], master * trained / by[2], activations, logits,
         buffers,
     )  # fmt: skip
 

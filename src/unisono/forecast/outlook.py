@@ -82,6 +82,8 @@ def job_of(config: Config, per_device: int | None = None) -> Job:
         asked = config.lora
         targets = None if asked.target_modules == "all-linear" else asked.target_modules
         model = model.with_adapters(asked.r, targets, asked.modules_to_save)
+        if asked.load_in_4bit:
+            model = model.in_4_bits(asked.bnb_4bit_use_double_quant)
     return Job(
         model=model,
         sequence=config.sequence_length,

@@ -10,12 +10,14 @@ Contract: the first weights are a function of `seed`; dropout is torch's, so it 
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unisono.config import KEPT_ATTENTION
 from unisono.errors import ConfigError
+from unisono.model import quantize
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG = "adapter_config.json"
+OTHER_NAMES = ("alpha", "dropout", "load_in_4bit", "bnb_4bit_use_double_quant")
+"""Of the section `lora`, what peft calls something else, or what is the model's."""
 SCORES = "SEQ_CLS"
 """peft's task of a reward model: the new head is trained and saved beside the adapters."""
 
@@ -43,9 +47,7 @@ def attach(
     import torch
 
     torch.manual_seed(seed)
-    fields = {
-        name: value for name, value in wanted.items() if name != "alpha" and name != "dropout"
-    }
+    fields = {name: value for name, value in wanted.items() if name not in OTHER_NAMES}
     if not isinstance(fields["target_modules"], str):
         fields["target_modules"] = list(fields["target_modules"])
     fields["modules_to_save"] = list(fields["modules_to_save"]) or None
@@ -56,7 +58,9 @@ def attach(
         **fields,
     )
     try:
-        adapted = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():  # of peft's own use of transformers
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {_line(error)}") from None
     if saved is not None:
@@ -68,9 +72,13 @@ def save(adapted: "PeftModel", folder: Path, weights: Mapping[str, "torch.Tensor
     """adapter_config.json and adapter_model.safetensors, from a state dict of the whole model."""
     # Otherwise peft asks the hub whether the base's vocabulary was enlarged.
     adapted.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-    if kept := getattr(adapted.config, KEPT_ATTENTION, None):
+    kept = {
+        KEPT_ATTENTION: getattr(adapted.config, KEPT_ATTENTION, None),
+        quantize.KEPT: quantize.told(adapted),
+    }
+    if kept := {name: value for name, value in kept.items() if value}:
         fields = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps({**fields, KEPT_ATTENTION: kept}, indent=2))
+        (folder / CONFIG).write_text(json.dumps({**fields, **kept}, indent=2))
     (folder / "README.md").unlink(missing_ok=True)  # a model card with nothing filled in
 
 
@@ -100,7 +108,13 @@ def merge(folder: Path, out: Path, base: str | None = None) -> "PreTrainedModel"
         )
     fields = json.loads((folder / CONFIG).read_text())
     name = base or fields["base_model_name_or_path"]
-    local = {"dtype": torch.float32, "local_files_only": Path(name).is_dir()}
+    local = {
+        "dtype": torch.float32,
+        "local_files_only": Path(name).is_dir(),
+        "use_safetensors": True,
+    }
+    if (beside := quantize.kept_by(folder)) is not None:
+        local |= quantize.loading(beside, "cpu", torch.float32)
     try:
         if fields.get("task_type") == SCORES:
             model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **local)
@@ -110,6 +124,8 @@ def merge(folder: Path, out: Path, base: str | None = None) -> "PreTrainedModel"
         raise ConfigError(
             f"RUN: its base model {name!r} cannot be loaded: {_line(error)}; write --base DIR"
         ) from None
+    if beside is not None:
+        model = quantize.expanded(model)
     config = peft.LoraConfig.from_pretrained(folder)
     config.inference_mode = False  # or nothing counts as trained, and nothing as missing
     adapted = peft.get_peft_model(model, config)

@@ -214,7 +214,11 @@ def _read_gguf(path: Path) -> _Read:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
         with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be asked to be quiet
             model, said = AutoModelForCausalLM.from_pretrained(
-                path.parent, **given, dtype=torch.float32, output_loading_info=True
+                path.parent,
+                **given,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except (
         Exception
@@ -377,7 +381,7 @@ def _compare(read: _Read, folder: Path, dtype: "torch.dtype") -> tuple[float, fl
                 f"{folder.name}: the written tokenizer has other {what} than its source"
             )
     written = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32
+        folder, local_files_only=True, dtype=torch.float32, use_safetensors=True
     ).eval()
     largest = max(ids, default=0)
     rows = written.get_input_embeddings().num_embeddings

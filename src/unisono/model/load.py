@@ -3,10 +3,12 @@
 The model is the user's: nothing is patched. Code that comes with a model is never run.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unisono.errors import ConfigError
+from unisono.model import quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -20,10 +22,12 @@ def load_model(
     sequence_length: int,
     gradient_checkpointing: bool = False,
     score: bool = False,
+    quantized: Mapping[str, Any] | None = None,
 ) -> "PreTrainedModel":
     """A float32 model in training mode on the CPU; new weights are a function of `seed`.
 
     `score`: a trained model with a head of one output, for rewards, instead of its language head.
+    `quantized`: what `quantize.asked` gave; its matrices are then in 4 bits, on the device that it names.
 
     Raises ConfigError: unknown architecture or field, no such model, a context that is too short.
     """
@@ -35,7 +39,7 @@ def load_model(
     if isinstance(model, dict):
         loaded = _new(model, tokenizer)
     else:
-        loaded = _pretrained(model, score)
+        loaded = _pretrained(model, score, quantized or {})
     if score:  # the head looks at the last token that is no padding
         padding = tokenizer.pad_token_id
         loaded.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
@@ -53,6 +57,7 @@ def load_model(
         # gradients twice.
         enable({"use_reentrant": False})
     loaded.config.use_cache = False
+    quantize.keep_layout(loaded)
     return loaded.train()
 
 
@@ -76,25 +81,39 @@ def _new(fields: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> "PreTr
         raise ConfigError(f"model: a {model_type} cannot be built: {_line(error)}") from None
 
 
-def _pretrained(name: str, score: bool) -> "PreTrainedModel":
+def _pretrained(name: str, score: bool, more: Mapping[str, Any]) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
 
     local = Path(name).is_dir()
     try:
         if score:
-            return _scorer(name, local)
+            return _scorer(name, local, more)
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, local_files_only=local
+            name, dtype=torch.float32, local_files_only=local, use_safetensors=True, **more
         )
     except (OSError, ValueError) as error:
+        if pickled := _pickled(Path(name)):
+            raise ConfigError(
+                f"model: {name!r} has its weights as pickle only ({pickled}), which can run code and is not "
+                f"read; where you trust it, write them anew with transformers: "
+                f"from_pretrained({name!r}).save_pretrained(OUT), and name OUT"
+            ) from None
         raise ConfigError(
             f"model: cannot load {name!r}: {_line(error)}; give a directory that save_pretrained "
             f"wrote, or a hub name"
         ) from None
 
 
-def _scorer(name: str, local: bool) -> "PreTrainedModel":
+def _pickled(folder: Path) -> str | None:
+    """The pickle that a folder has for weights, where it has nothing else."""
+    if list(folder.glob("*.safetensors")):
+        return None
+    found = sorted(f.name for end in ("bin", "pt", "pth") for f in folder.glob(f"*.{end}"))
+    return next((name for name in found if "training_args" not in name), None)
+
+
+def _scorer(name: str, local: bool, more: Mapping[str, Any]) -> "PreTrainedModel":
     """With a head of one output, new where the model has none; everything else must be there."""
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -108,7 +127,9 @@ def _scorer(name: str, local: bool) -> "PreTrainedModel":
             num_labels=1,
             dtype=torch.float32,
             local_files_only=local,
+            use_safetensors=True,
             output_loading_info=True,
+            **more,
         )
     finally:
         logging.set_verbosity(verbosity)

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from unisono.model import quantize
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -85,7 +87,7 @@ def count(model: "nn.Module", recomputes: bool = False) -> Flops:
         if output is not None and weight is getattr(output, "weight", None):
             continue
         one_of = ".experts." in f".{name}."
-        values = weight.numel() * (share if one_of else 1.0)
+        values = quantize.values(weight) * (share if one_of else 1.0)
         trained += values * weight.requires_grad
         frozen += values * (not weight.requires_grad)
     head = 0.0

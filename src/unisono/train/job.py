@@ -28,7 +28,7 @@ from unisono.errors import CheckpointError, ConfigError, ReplicaError, UnisonoEr
 from unisono.files import write_json
 from unisono.forecast.probe import Probe
 from unisono.mesh import Divided, Mesh
-from unisono.model import adapter
+from unisono.model import adapter, quantize
 from unisono.model.load import load_model
 from unisono.observe.flops import Flops, count
 from unisono.observe.noise import Meter
@@ -47,6 +47,7 @@ from unisono.train.objective import Measured, Objective, causal_lm, target_token
 from unisono.train.online import Online, OnlineFeed, make_online, policy_of
 from unisono.train.preference import preference
 from unisono.train.reference import reference_of, with_reference
+from unisono.train.refuse import refuse
 from unisono.train.reward import reward
 from unisono.train.reward_funcs import load_rewards
 from unisono.train.state import load_optimizer, optimizer_factory
@@ -173,9 +174,7 @@ def set_up(
             "pip install 'unisono[tensorboard]'"
         ).on_every_rank()
     mesh = mesh_of(config, world.size)
-    _refuse_lora(config, mesh)
-    _refuse_grpo(config, mesh)
-    _refuse_pairs(config, mesh)
+    refuse(config, mesh)
     objective = make_objective(config)
     _same_threads(votes, screen)
     run = Path(config.output_dir)
@@ -199,6 +198,7 @@ def set_up(
             sequence_length=config.sequence_length,
             gradient_checkpointing=config.gradient_checkpointing,
             score=config.reward is not None,
+            quantized=quantize.asked(config.lora, world.device, config.bf16),
         )
         if config.wants_pairs:
             _without_dropout(model)
@@ -241,7 +241,7 @@ def set_up(
 
     trained = [p for p in model.parameters() if p.requires_grad]
     facts = Facts(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(quantize.values(p) for p in model.parameters()),
         trainable=sum(p.numel() for p in trained),
         gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
         train_samples=len(train_blocks),
@@ -251,6 +251,7 @@ def set_up(
         divided=division.divided if division else Divided(),
         once=_kept(model) if config.sync == "sharded" else 0.0,
         attention=(attention.name, attention.reason),
+        spared_bytes=quantize.spared_bytes(model) if quantize.told(model) else 0,
     )
     strict = config.determinism == "strict"
     largest = largest_micro_batch(config, world)
@@ -347,66 +348,6 @@ def _tensor_group(mesh: Mesh, ledger: Ledger, timeout_s: float) -> Group:
     return Group("tensor", ledger, timeout_s, parts=mesh.groups("tensor"))
 
 
-def _refuse_lora(config: Config, mesh: Mesh) -> None:
-    """Where adapters cannot be trained as asked."""
-    if config.lora is None:
-        return
-    if isinstance(config.model, dict):
-        raise ConfigError(
-            "lora: found with an architecture for model; adapters need trained weights beside them: "
-            "name a model directory"
-        ).on_every_rank()
-    if config.sync == "sharded":
-        raise ConfigError(
-            "sync: found sharded with lora; adapters are small: write sync: exact, whose replicas hold "
-            "the frozen weights whole"
-        ).on_every_rank()
-    if mesh.tensor > 1:
-        raise ConfigError(
-            f"mesh.tensor: found {mesh.tensor} with lora, whose adapters are not divided; write "
-            f"mesh.tensor: 1"
-        ).on_every_rank()
-
-
-def _refuse_grpo(config: Config, mesh: Mesh) -> None:
-    """Where completions cannot be drawn as asked."""
-    if config.grpo is None:
-        return
-    for name in ("dpo", "reward"):
-        if getattr(config, name) is not None:
-            raise ConfigError(
-                f"{name}: found with grpo; a run has one objective: leave one of them out"
-            ).on_every_rank()
-    apart = [a for a in ("shard", "context", "tensor") if getattr(mesh, a) > 1]
-    if config.sync == "sharded" or apart:
-        what = "sync: found sharded" if config.sync == "sharded" else f"mesh.{apart[0]}: found {getattr(mesh, apart[0])}"  # fmt: skip
-        raise ConfigError(
-            f"{what} with grpo; every replica generates with the whole model: write sync: exact and "
-            f"replicas only (lora makes optimizer and gradients small)"
-        ).on_every_rank()
-    if isinstance(config.attention, AttentionConfig):
-        raise ConfigError(
-            "attention: found a mapping with grpo; completions are drawn with the model's own attention, and "
-            "must be learned with the same: write attention: auto"
-        ).on_every_rank()
-    if config.data.packing != "auto":
-        raise ConfigError(
-            f"data.packing: found {config.data.packing} with grpo; prompts and completions are not packed: "
-            f"leave it out"
-        ).on_every_rank()
-
-
-def _refuse_pairs(config: Config, mesh: Mesh) -> None:
-    """Where preference pairs cannot be trained on as asked."""
-    name = "dpo" if config.dpo is not None else "reward"
-    for axis, size in (("context", mesh.context), ("tensor", mesh.tensor)):
-        if config.wants_pairs and size > 1:
-            raise ConfigError(
-                f"mesh.{axis}: found {size} with {name}, whose answers are scored whole by each rank; "
-                f"write mesh.{axis}: 1"
-            ).on_every_rank()
-
-
 def _with_reference(
     config: Config,
     mesh: Mesh,
@@ -425,7 +366,11 @@ def _with_reference(
 
     def load() -> "PreTrainedModel":
         loaded = load_model(
-            model, tokenizer, seed=config.seed, sequence_length=config.sequence_length
+            model,
+            tokenizer,
+            seed=config.seed,
+            sequence_length=config.sequence_length,
+            quantized=quantize.asked(config.lora, world.device, config.bf16),
         )
         choose(loaded, asked_attention(config, mesh), world.device)
         return loaded
@@ -437,6 +382,8 @@ def _with_reference(
         "attention": str(config.attention),
         "device": world.device.split(":")[0],
     }
+    if config.lora is not None and config.lora.load_in_4bit:
+        made_from["quantized"] = f"nf4, double: {config.lora.bnb_4bit_use_double_quant}"
     own = prepared.eval_folder
     folders = [prepared.folder, own] if own else [prepared.folder]
     values = [
@@ -472,7 +419,7 @@ def _share_adapters(model: torch.nn.Module, votes: Group) -> None:
             votes.broadcast(p.detach()).wait()
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
     try:
-        check_replicas(frozen, votes, step=0)
+        check_replicas([*frozen, *quantize.scales(model)], votes, step=0)
     except ReplicaError as error:
         raise ReplicaError(
             f"model: the hosts have other base models: {error}"

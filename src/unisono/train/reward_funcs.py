@@ -134,7 +134,7 @@ def _model(spec: str, device: str) -> Reward:
 
     try:
         model: Any = AutoModelForSequenceClassification.from_pretrained(
-            spec, dtype=torch.float32, local_files_only=True
+            spec, dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(spec, local_files_only=True)
     except (OSError, ValueError) as error:
