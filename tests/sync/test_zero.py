@@ -599,7 +599,7 @@ def blamed(world, rank: int, name: str, at: int, wire: str) -> tuple[int, str] |
     [(2, 0, "0.weight"), (2, 1, "0.weight"), (2, 0, "4.bias"), (2, 1, "4.bias"), (3, 0, "0.weight"),
      (3, 1, "2.weight"), (3, 2, "4.bias"), (4, 1, "0.weight"), (4, 3, "2.weight")],
 )  # fmt: skip
-@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
 def test_what_is_not_finite_changes_nothing_and_is_traced(
     size: int, rank: int, name: str, wire: str
 ) -> None:

@@ -371,6 +371,8 @@ class Shard:
         self._left = self._leaves or self._left
         if self._leaves_of_sum is not None:
             self._left_of_sum = self._leaves_of_sum
+            for a, b in self._gaps_of(self.spans):  # no parameter's, and in no checkpoint
+                self._left_of_sum[a:b].zero_()
         self.drop()
 
     def send_weights(self, group: Group) -> None:
