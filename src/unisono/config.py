@@ -203,9 +203,9 @@ class MeshConfig(_Section):
 class PowerSGDConfig(_Section):
     """sync: powersgd. Gradients of matrices travel as two thin ones."""
 
-    rank: int = Field(32, ge=1)
+    rank: int = Field(default=32, ge=1)
     """Columns of the thin matrices: rows + columns times so many values travel of each matrix."""
-    start: float = Field(0.1, ge=0, le=1)
+    start: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps that come first and are exact."""
 
 
@@ -403,7 +403,7 @@ class Config(_Section):
     @model_validator(mode="before")
     @classmethod
     def _wire_of_sync(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and "wire" not in raw and raw.get("sync") in NARROW_WIRE:
+        if isinstance(raw, dict) and "wire" not in raw and str(raw.get("sync")) in NARROW_WIRE:
             return {**raw, "wire": NARROW_WIRE[raw["sync"]]}
         return raw
 
