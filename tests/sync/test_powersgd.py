@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from test_rows import text_loss, words
-from test_zero import RATE, Alone, adamw, difference, plain_sgd, take, weights
+from test_zero import RATE, Alone, Odd, adamw, difference, plain_sgd, rows, take, weights
 from torch import nn
 
 from ranks import run_ranks
@@ -157,6 +157,35 @@ def unused(world) -> bool:
 
 def test_what_nobody_uses_stays_as_it_was() -> None:
     assert all(run_ranks(unused, 2))
+
+
+def odd(world, mine: int) -> str:
+    """Tied, frozen, unused, empty, of other types; unequal numbers of rows."""
+    sync, alone = thin(Odd(), low_rank=(1, 1)), Alone(Odd())
+    for step in range(world.size + 2):
+
+        def loss(model: nn.Module, r: int, k: int, step: int = step) -> torch.Tensor:
+            return model(rows(step, r, k), r == step and k == 0).square().mean()
+
+        take(sync, [lambda k=k: loss(sync.model, world.rank, k) for k in range(mine)], max_norm=0.0)
+        alone.step([lambda r=r, k=k: loss(alone.model, r, k) for r in range(world.size) for k in range(mine)], 1e9)  # fmt: skip
+    assert len(sync._stacks) == 2, "6 x 6, and the convolution as 3 x 8"
+    found, wanted, before = weights(sync.model), weights(alone.model), weights(Odd())
+    assert torch.equal(found["never.weight"], before["never.weight"])
+    for name in (
+        "huge",
+        "scale",
+        "wide.weight",
+        "inner.weight",
+    ):  # most of the way is the right one
+        way = (wanted[name] - before[name]).norm()
+        assert (found[name] - wanted[name]).norm() <= 0.5 * way, name
+    return sha256(dict(sync.replicated()))
+
+
+@pytest.mark.parametrize(("size", "mine"), [(2, 2), (3, 1)])
+def test_odd_models(size: int, mine: int) -> None:
+    assert len(set(run_ranks(odd, size, mine))) == 1
 
 
 def own_state(sync: PowerSGD) -> dict[str, torch.Tensor]:

@@ -87,12 +87,13 @@ class PowerSGD(Whole):
         self._group = Group("low-rank", ledger, timeout_s, parts=holders)
         self.replicas = self._group.size
         embeddings = are_embeddings(model, self.params)
+        wide = [p.dtype == torch.float32 for p in self.params]
         by_shape: dict[Any, list[int]] = {}
-        for i, (p, looked_up) in enumerate(zip(self.params, embeddings, strict=True)):
-            if is_low_rank(p.shape, rank) and not looked_up and self.replicas > 1:
-                shape = p.shape[0], p.shape[1:].numel(), p.device, p.dtype
-                by_shape.setdefault(shape, []).append(i)
-        self._stacks = [_Stack(i, a, b, rank, dev) for (a, b, dev, _), i in by_shape.items()]
+        for i, p in enumerate(self.params):
+            if is_low_rank(p.shape, rank) and wide[i] and not embeddings[i] and self.replicas > 1:
+                key = p.shape[0], p.shape[1:].numel(), p.device
+                by_shape.setdefault(key, []).append(i)
+        self._stacks = [_Stack(i, a, b, rank, device) for (a, b, device), i in by_shape.items()]
         thin = {i for stack in self._stacks for i in stack.indices}
         self._rest = [i for i in range(len(self.params)) if i not in thin]
         self._faults: list[torch.Tensor] = []
@@ -146,7 +147,7 @@ class PowerSGD(Whole):
             travelling.wait()
             for i, part in zip(self._rest, flat.split([len(r) for r in rest]), strict=True):
                 p = self.params[i]
-                p.grad = part.view(p.shape) if used[i] else None
+                p.grad = part.view(p.shape).to(p.dtype) if used[i] else None
         return totals[: len(values)]
 
     @torch.no_grad()
@@ -273,7 +274,7 @@ class _Stack:
         for k, i in enumerate(self.indices):
             g = gradients[i]
             if g is not None:
-                m[k] += g.view(m[k].shape)
+                m[k] += g.reshape(m[k].shape)
         return m @ self.q
 
     def right_products(self, p: torch.Tensor) -> torch.Tensor:
