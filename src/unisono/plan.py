@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from unisono.codes import encoded_bytes
 from unisono.config import Config, MeshConfig
 from unisono.errors import ConfigError
 from unisono.mesh import Divided, Mesh
@@ -314,9 +315,7 @@ def _sent_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> 
     if config.sync == "reference":
         return size * (n - 1) * accumulation
     if config.sync == "quantized":
-        from unisono.sync.codec import make_codec  # loads torch
-
-        return 2 * (n - 1) * make_codec(config.wire).encoded_bytes(-(-size // _width(facts) // n))
+        return 2 * (n - 1) * encoded_bytes(config.wire, -(-size // _width(facts) // n))
     if config.sync == "powersgd":
         size = facts.thin_values * _width(facts)
     sent = 2 * size * (n - 1) // n // (2 if config.wire == "bfloat16" else 1)

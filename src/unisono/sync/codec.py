@@ -26,12 +26,9 @@ from typing import Protocol
 
 import torch
 
+from unisono.codes import BLOCK, ROTATED, encoded_bytes
 from unisono.errors import ConfigError
 
-BLOCK = 256
-"""Values that share a scale."""
-ROTATED = 32
-"""Values that a rotation mixes."""
 SLICE = 1 << 16
 """Values that are coded at a time on a CPU: they and what is made of them stay in a core's cache."""
 NOISE = 1 << 16
@@ -75,7 +72,7 @@ class Int8:
     name = "int8"
 
     def encoded_bytes(self, values: int) -> int:
-        return values + 4 * -(-values // BLOCK)
+        return encoded_bytes(self.name, values)
 
     def encode(
         self, values: torch.Tensor, seed: int = 0, left: torch.Tensor | None = None
@@ -118,7 +115,7 @@ class Int4:
     name = "int4"
 
     def encoded_bytes(self, values: int) -> int:
-        return ROTATED // 2 * -(-values // ROTATED) + 4 * -(-values // BLOCK)
+        return encoded_bytes(self.name, values)
 
     def encode(
         self, values: torch.Tensor, seed: int = 0, left: torch.Tensor | None = None

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn import Parameter
 
+from unisono.codes import BLOCK
 from unisono.sync.bucket import Layout
-from unisono.sync.codec import BLOCK, mix
+from unisono.sync.codec import mix
 from unisono.sync.ledger import Group, Handle
 from unisono.sync.tree import HALF, tree_sum
 from unisono.sync.update import OptimizerFactory, by_dimension, step

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import torch
 
-from unisono.sync.codec import BLOCK, Codec, make_codec
+from unisono.codes import BLOCK
+from unisono.sync.codec import Codec, make_codec
 from unisono.sync.tree import HALF
 
 

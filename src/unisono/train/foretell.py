@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from unisono.clock import STEP_PHASES
+from unisono.codes import BLOCK, encoded_bytes
 from unisono.forecast.constants import DEFAULT
 from unisono.forecast.cost import slowest
 from unisono.forecast.overlap import Lane
@@ -168,9 +169,7 @@ def _system(job: Job) -> System:
 def _wire_bytes(wire: str) -> float:
     """Of a value, blocks' scales shared among their values."""
     if wire in ("int8", "int4"):
-        from unisono.sync.codec import BLOCK, make_codec
-
-        return make_codec(wire).encoded_bytes(BLOCK) / BLOCK
+        return encoded_bytes(wire, BLOCK) / BLOCK
     return 2 if wire == "bfloat16" else 4
 
 
