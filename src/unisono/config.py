@@ -210,6 +210,15 @@ class MeshConfig(_Section):
     one host. exact, sharded."""
 
 
+class PowerSGDConfig(_Section):
+    """sync: powersgd. Gradients of matrices travel as two thin ones."""
+
+    rank: int = Field(default=32, ge=1)
+    """Columns of the thin matrices: rows + columns times so many values travel of each matrix."""
+    start: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps that come first and are exact."""
+
+
 class ContextConfig(_Section):
     """How keys reach queries on other ranks, where `mesh.context` is more than 1."""
 
@@ -254,6 +263,10 @@ class AttentionConfig(_Section):
         if self.pattern is not None and self.window is not None:
             raise ValueError("write either window or pattern")
         return self
+
+
+NARROW_WIRE = {"quantized": "int8"}
+"""Strategies that send codes, and which by default."""
 
 
 class Config(_Section):
@@ -340,15 +353,19 @@ class Config(_Section):
     threads: int | None = Field(None, ge=1)
     """CPU threads of one replica; by default the cores divided among the local replicas, and 1 in
     strict mode, because the number of threads changes the order of sums."""
-    sync: Literal["exact", "sharded", "ddp", "reference"] = "exact"
+    sync: Literal["exact", "sharded", "ddp", "reference", "quantized", "powersgd"] = "exact"
     """`exact`: a whole model on every replica. `sharded`: FSDP2, for models that do not fit. `ddp`:
-    PyTorch's. `reference`: the naive definition of correct, for tests."""
+    PyTorch's. `reference`: the naive definition of correct, for tests. For slow links, no longer equal to
+    one process: `quantized` sends 1 byte or half a byte a value, `powersgd` low-rank gradients."""
     shard_optimizer: Literal["auto"] | bool = "auto"
     """exact: each replica keeps 1/n of the optimizer state and steps that part of the weights, which
     return during the next forward pass. `auto`: yes, except for large embeddings (their sums return
     during the backward pass, which hides more), few bytes, strict mode, or one replica."""
-    wire: Literal["float32", "bfloat16"] = "float32"
-    """exact: what travels. bfloat16 halves the bytes; sums and master weights stay float32."""
+    wire: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+    """What travels; sums and master weights stay float32. exact: float32, or bfloat16, which halves the
+    bytes. quantized: int8 (by default) or int4."""
+    powersgd: PowerSGDConfig = Field(default_factory=lambda: PowerSGDConfig())
+    """powersgd: how thin, and from when on."""
     mesh: MeshConfig | None = None
     """How ranks divide into replica x shard x context x tensor; by default all are replicas (sharded: all
     shard)."""
@@ -392,6 +409,13 @@ class Config(_Section):
         if isinstance(value, dict) and "model_type" not in value:
             raise ValueError("an architecture needs model_type, for example llama")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wire_of_sync(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "wire" not in raw and str(raw.get("sync")) in NARROW_WIRE:
+            return {**raw, "wire": NARROW_WIRE[raw["sync"]]}
+        return raw
 
     @model_validator(mode="after")
     def _one_objective(self) -> Self:
@@ -608,6 +632,7 @@ _ALL_FIELDS = {
         DpoConfig,
         RewardConfig,
         MeshConfig,
+        PowerSGDConfig,
         ContextConfig,
         AttentionConfig,
     )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from unisono.codes import encoded_bytes
 from unisono.config import Config, MeshConfig
 from unisono.errors import ConfigError
 from unisono.mesh import Divided, Mesh
@@ -45,6 +46,8 @@ class Facts:
     """Of each of them, where they are not padded to `sequence_length`: the mean."""
     spared_bytes: int = 0
     """Of 4 bytes a weight, what quantized ones do not take."""
+    thin_values: int = 0
+    """What sync/powersgd.py sends of `trainable` gradients in a step."""
     hides_whole: bool = False
     """Measured here: whole gradients travel in a small part of a step's compute, and memory is ample."""
 
@@ -196,7 +199,7 @@ def _micro_batches(config: Config, mesh: Mesh, micro_batch: int, reasons: dict[s
             f"replicas: found {n}; determinism: strict needs a power of two "
             f"(a fixed binary tree is cut at whole subtrees)"
         ).on_every_rank()
-    if config.sync in ("ddp", "sharded"):
+    if config.sync not in ("exact", "reference"):
         raise ConfigError(
             f"sync: found {config.sync}; its order of sums depends on the number of replicas, so "
             f"determinism: strict needs sync: exact"
@@ -243,9 +246,10 @@ def _refuse_on_mesh(config: Config, asked: MeshConfig) -> None:
     for axis, size in (("context", asked.context), ("tensor", asked.tensor)):
         if size == 1:
             continue
-        if config.sync in ("ddp", "reference"):
+        narrow = config.sync in ("quantized", "powersgd") and axis == "tensor"
+        if config.sync in ("ddp", "reference") or narrow:
             raise ConfigError(
-                f"mesh.{axis}: found {size} with sync: {config.sync}, which knows replicas only; write "
+                f"mesh.{axis}: found {size} with sync: {config.sync}, which knows no such axis; write "
                 f"sync: exact or sharded, or leave {axis} out"
             ).on_every_rank()
         if config.determinism == "strict":
@@ -259,6 +263,13 @@ def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, st
     """Whether the optimizer runs on shards; raises ConfigError for what does not combine."""
     strict = config.determinism == "strict"
     asked = config.shard_optimizer
+    if config.sync == "quantized":
+        return _quantized(config, n, reasons)
+    if config.wire in ("int8", "int4"):
+        raise ConfigError(
+            f"wire: found {config.wire} with sync: {config.sync}, which sends float32 or bfloat16; write "
+            f"sync: quantized"
+        ).on_every_rank()
     if config.wire != "float32" and (config.sync != "exact" or strict or asked is False):
         with_ = "determinism: strict" if strict else "shard_optimizer: false"
         if config.sync != "exact":
@@ -283,12 +294,32 @@ def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, st
     return True
 
 
+def _quantized(config: Config, n: int, reasons: dict[str, str]) -> bool:
+    """As `_shard_optimizer`."""
+    if config.wire not in ("int8", "int4"):
+        raise ConfigError(
+            f"wire: found {config.wire} with sync: quantized, which sends codes; write wire: int8 or int4, "
+            f"or sync: exact"
+        ).on_every_rank()
+    if config.shard_optimizer is False:
+        raise ConfigError(
+            "shard_optimizer: found false with sync: quantized, whose optimizer runs where gradients are "
+            "summed; leave it out"
+        ).on_every_rank()
+    reasons["shard_optimizer"] = "quantized" if n > 1 else "alone"
+    return n > 1
+
+
 def _sent_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> int:
     """Gradients and weights that each rank sends in a step; formulas in the strategies' files."""
     n = mesh.holders
     size = facts.gradient_bytes - facts.off_rank(mesh) * _width(facts)
     if config.sync == "reference":
         return size * (n - 1) * accumulation
+    if config.sync == "quantized":
+        return 2 * (n - 1) * encoded_bytes(config.wire, -(-size // _width(facts) // n))
+    if config.sync == "powersgd":
+        size = facts.thin_values * _width(facts)
     sent = 2 * size * (n - 1) // n // (2 if config.wire == "bfloat16" else 1)
     if config.sync == "sharded":
         over = mesh.shard * mesh.context
@@ -323,10 +354,12 @@ def _memory_bytes(config: Config, facts: Facts, mesh: Mesh, shard: bool) -> int:
         return (weights + size * (1 + moments)) // (mesh.shard * mesh.context)
     n = mesh.holders
     if shard:
-        moments += int(config.wire == "bfloat16")  # master weights
-        return weights + size + size * moments // n
+        moments += int(config.wire != "float32")  # master weights
+        feedback = size * (n - 1) // n if config.wire == "int4" else 0
+        return weights + size + size * moments // n + feedback
     received = int(n > 2 and config.sync == "exact")
-    return weights + size * (1 + moments + received)
+    feedback = size if config.sync == "powersgd" and n > 1 else 0
+    return weights + size * (1 + moments + received) + feedback
 
 
 def _width(facts: Facts) -> int:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from unisono.sync import make_strategy
+from unisono.sync.codec import SLICE, make_codec
 from unisono.sync.digest import check_replicas, fingerprint, sha256
 from unisono.sync.ledger import Group, Ledger
 from unisono.world import World, from_env, joined
@@ -57,3 +58,16 @@ def test_fingerprints_are_those_of_the_cpu(world: World) -> None:
         x = torch.randn(10_007, dtype=dtype)
         assert torch.equal(fingerprint(x), fingerprint(x.cuda()).cpu())
     check_replicas([("x", x.cuda())], Group("check", Ledger(), 60), 1)
+
+
+@pytest.mark.parametrize("n", [7, 256, 70_000])
+@pytest.mark.parametrize(("name", "stochastic"), [("int8", False), ("int8", True), ("int4", False)])
+def test_codes_are_those_of_the_cpu(n: int, name: str, stochastic: bool) -> None:
+    codec, values = make_codec(name, stochastic=stochastic), torch.randn(n)
+    left, out = torch.empty(n, device="cuda"), torch.empty(n, device="cuda")
+    code = codec.encode(values.cuda(), 3, left)
+    codec.decode(code, out)
+    torch.testing.assert_close(out + left, values.cuda(), rtol=0, atol=2e-6)
+    if name == "int8" and n <= SLICE:  # beyond it, other slices have other noise
+        assert torch.equal(code.cpu(), codec.encode(values, 3))
+    assert torch.equal(code, codec.encode(values.cuda(), 3))
