@@ -102,9 +102,7 @@ class Sum:
         chunk = encoded.padded(self._values) // encoded.size
         total = self._added(chunk)
         rest = None if self._left is None else torch.empty_like(total)
-        self._sent = encoded.codec.encode(
-            total, mix(self._seed, encoded.rank, encoded.size), rest
-        )
+        self._sent = encoded.codec.encode(total, mix(self._seed, encoded.rank, encoded.size), rest)
         if self._left is not None and rest is not None:
             self._left[encoded.rank * chunk :][:chunk].add_(rest)
             self._left[self._values :].zero_()  # what only fills up is nobody's

@@ -157,4 +157,3 @@ class Full:
             out.add_(values)
         else:
             out.copy_(values)
-

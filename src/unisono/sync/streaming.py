@@ -272,9 +272,7 @@ class Streaming(Whole):
         for own, whole in zip(f.own, f.cut(f.outer), strict=True):
             self._follow(own, whole, keep)
 
-    def _move(
-        self, outer: torch.Tensor, velocity: torch.Tensor | None, mean: torch.Tensor
-    ) -> None:
+    def _move(self, outer: torch.Tensor, velocity: torch.Tensor | None, mean: torch.Tensor) -> None:
         """SGD with Nesterov momentum as torch.optim.SGD has it; `mean` is used up."""
         if velocity is not None:
             velocity.mul_(self._outer.momentum).add_(mean)
@@ -323,7 +321,9 @@ class Streaming(Whole):
                     counts = self._control.each(float(mine) if mine is not None else 0.0)
                     yield f"{state}.{name}", counts.max().float()
                     if self.replicas > 1:
-                        yield from ((own_key(state, r, name), counts[r, 0].float()) for r in holders)
+                        yield from (
+                            (own_key(state, r, name), counts[r, 0].float()) for r in holders
+                        )
                     continue
                 value = torch.zeros_like(p, requires_grad=False) if mine is None else mine
                 if self.replicas == 1:
@@ -336,7 +336,7 @@ class Streaming(Whole):
 
     def _state(self, p: Parameter) -> dict[str, Any]:
         assert self._optimizer is not None
-        return self._optimizer.state[p] if p in self._optimizer.state else {}
+        return self._optimizer.state.get(p, {})  # of torch's defaultdict, which so makes none
 
     def _of_each(
         self, state: str, name: str, mine: torch.Tensor, holders: Sequence[int] | None = None
@@ -413,7 +413,9 @@ class Streaming(Whole):
     def _told(self, then: int, states: set[str]) -> str:
         mine = {WEIGHT, FEEDBACK, VELOCITY, ARRIVING, *STATES}
         left = sorted(states - mine)
-        note = f"; left out what single replicas had of their own ({', '.join(left)})" if left else ""
+        note = (
+            f"; left out what single replicas had of their own ({', '.join(left)})" if left else ""
+        )
         if then == self.replicas:
             return note.removeprefix("; ")
         was = f"{then} replicas, now {self.replicas}" if then else "no replica's own weights"

@@ -2,7 +2,7 @@
 
     chunk of C values -> k of the largest magnitude -> place (12 bits), sign (1 bit), level (1 bit)
 
-and for each chunk two magnitudes in float16: a level is the mean of the magnitudes it stands for, those above
+and for each chunk two magnitudes in bfloat16: a level is the mean of the magnitudes it stands for, those above
 and those below the middle between the largest and the smallest that are sent. Exactly
 
     ceil(n/C) (12 k + 2 k) / 8 bytes of places and values, and 4 ceil(n/C) of levels, for n values:
@@ -44,7 +44,7 @@ class TopK:
         high = sizes * 2 > sizes.amax(1, keepdim=True) + sizes.amin(1, keepdim=True)
         low_mean = _mean(sizes, ~high)
         high_mean = torch.where(high.any(1), _mean(sizes, high), low_mean)
-        levels = torch.stack([low_mean, high_mean], 1).clamp_max(65504.0).half()
+        levels = torch.stack([low_mean, high_mean], 1).bfloat16()
         pairs = places.view(-1, 2)
         first, second = pairs[:, 0], pairs[:, 1]
         place_bytes = torch.stack([first & 255, first >> 8 | (second & 15) << 4, second >> 4], 1)
@@ -71,7 +71,7 @@ class TopK:
         at = torch.stack([a | (b & 15) << 8, b >> 4 | c << 4], 1).view(chunks, self.k)
         at += torch.arange(0, chunks * self.chunk, self.chunk, device=code.device)[:, None]
         bits = torch.stack([values >> s & 3 for s in (0, 2, 4, 6)], 1).view(chunks, self.k).long()
-        sizes = levels.clone().view(torch.float16).view(chunks, 2).float()
+        sizes = levels.clone().view(torch.bfloat16).view(chunks, 2).float()
         found = sizes.gather(1, bits >> 1) * (sign - 2 * sign * (bits & 1))
         inside = at < len(out)  # what fills up is zeros, and may be among the largest
         if not add:
