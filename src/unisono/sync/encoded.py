@@ -27,10 +27,11 @@ class Encoded:
         self, ledger: Ledger, codec: Codec, *, only_gather: bool = False, timeout_s: float = 600.0
     ) -> None:
         self.codec, self._only_gather = codec, only_gather
-        # Two groups: the order of all-gathers against all-to-alls depends on timing.
-        self._scatters = Group("outer scatter", ledger, timeout_s)
         self._gathers = Group("outer gather", ledger, timeout_s, duplex=True)
         self.size, self.rank = self._gathers.size, self._gathers.rank
+        # Another group: the order of all-to-alls against all-gathers depends on timing.
+        several = self.size > 2 and not only_gather
+        self._scatters = Group("outer scatter", ledger, timeout_s) if several else None
 
     def padded(self, values: int) -> int:
         """The length of a vector of `values`, filled up to equal chunks where it travels in chunks."""
@@ -55,6 +56,7 @@ class Encoded:
             for k, (row, rest) in enumerate(zip(rows, lefts, strict=True))
         ])  # fmt: skip
         received = torch.empty_like(sent)
+        assert self._scatters is not None
         scatter = self._scatters.all_to_all(received, sent)
         return Sum(self, values, seed, left, received, sent, scatter=scatter)
 
@@ -67,7 +69,8 @@ class Encoded:
 
     def close(self) -> None:
         """Collective: end the groups; every sum must have been taken."""
-        self._scatters.close()
+        if self._scatters is not None:
+            self._scatters.close()
         self._gathers.close()
 
 
