@@ -308,8 +308,10 @@ class AttentionConfig(_Section):
         return self
 
 
-WIRE = {"streaming": "int4"}
-"""By default, where it is not float32."""
+NARROW_WIRE = {"streaming": "int4"}
+"""Strategies that send codes, and which by default."""
+WHOLE_MATRICES = ("exact", "ddp", "reference", "streaming", "sparse")
+"""Strategies whose optimizer sees them."""
 
 
 class Config(_Section):
@@ -451,16 +453,16 @@ class Config(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _wire_of_sync(cls, values: Any) -> Any:
-        """What a strategy sends unless told otherwise."""
-        if isinstance(values, dict) and values.get("sync") in WIRE:
-            return {"wire": WIRE[values["sync"]], **values}
-        return values
+    def _wire_of_sync(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(sync := raw.get("sync"), str):
+            return {**({"wire": NARROW_WIRE[sync]} if sync in NARROW_WIRE else {}), **raw}
+        return raw
 
     @model_validator(mode="after")
     def _whole_matrices_for_muon(self) -> Self:
-        if self.optim == "muon" and (self.sync == "sharded" or self.shard_optimizer is True):
-            what = "sync: sharded" if self.sync == "sharded" else "shard_optimizer: true"
+        divided = self.sync not in WHOLE_MATRICES or self.shard_optimizer is True
+        if self.optim == "muon" and divided:
+            what = "shard_optimizer: true" if self.shard_optimizer is True else f"sync: {self.sync}"
             raise ValueError(
                 f"optim: found muon with {what}, but Muon steps whole matrices; write sync: exact with "
                 f"shard_optimizer: false, or sync: streaming or sparse"

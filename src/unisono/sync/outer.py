@@ -129,9 +129,9 @@ def default_rate(replicas: int, sync_every: int, momentum: float) -> tuple[float
     return found, f"{rate:g} for {of}" + (f" x {factor:g} for H {sync_every}" if factor != 1 else "")  # fmt: skip
 
 
-def delta_codec(wire: str) -> Codec:
-    """Of deltas as `wire` names it."""
-    return Full(wire) if wire in FULL else make_codec(wire)
+def delta_codec(wire: str, feedback: bool = True) -> Codec:
+    """Of deltas as `wire` names it. Codes whose rounding nothing keeps are rounded stochastically."""
+    return Full(wire) if wire in FULL else make_codec(wire, stochastic=not feedback)
 
 
 @dataclass(frozen=True)

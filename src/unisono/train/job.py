@@ -381,18 +381,19 @@ def _rounds(
         why = f"as given, feedback {outer.feedback_decay:g}"
     elif config.sync == "streaming":
         asked, replicas = config.streaming, mesh.replica
+        decay = asked.feedback_decay if config.wire in ("int8", "int4") else 0.0
         rate, why = default_rate(replicas, asked.sync_every, asked.outer_momentum)
         if asked.outer_learning_rate != "auto":
             rate, why = asked.outer_learning_rate, "as given"
         outer = Outer(
-            codec=delta_codec(config.wire),
+            codec=delta_codec(config.wire, feedback=decay > 0),
             sync_every=asked.sync_every,
             num_fragments=asked.num_fragments,
             fragment_sync_delay=asked.fragment_sync_delay,
             fragment_update_alpha=asked.alpha,
             learning_rate=rate,
             momentum=asked.outer_momentum,
-            feedback_decay=asked.feedback_decay if config.wire in ("int8", "int4") else 0.0,
+            feedback_decay=decay,
         )
         if asked.sync_every == 1 and asked.outer_momentum and replicas > 1:
             screen.warn(
