@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 
 PLACE_BITS = 12
+SLICE = 1 << 18
+"""Values that are looked through at a time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class TopK:
         self, values: torch.Tensor, seed: int = 0, left: torch.Tensor | None = None
     ) -> torch.Tensor:
         """float32 [n] -> uint8 [encoded_bytes(n)]; `left` becomes values - decoded. Nothing is drawn."""
-        chunks = _padded(values, self.chunk).view(-1, self.chunk)
-        places = chunks.abs().topk(self.k, dim=1).indices.sort(dim=1).values
-        kept = chunks.gather(1, places)
+        size = SLICE if values.device.type == "cpu" else max(1, len(values))
+        found = [self._largest(part) for part in values.split(-(-size // self.chunk) * self.chunk)]
+        places, kept = (torch.cat(x) for x in zip(*found, strict=True))
         sizes = kept.abs()
         high = sizes * 2 > sizes.amax(1, keepdim=True) + sizes.amin(1, keepdim=True)
         low_mean = _mean(sizes, ~high)
@@ -59,6 +61,14 @@ class TopK:
             self.decode(code, left, add=True, sign=-1.0)
         return code
 
+    def _largest(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each chunk: places [chunks, k] in order, and the values there."""
+        missing = -len(values) % self.chunk
+        values = torch.nn.functional.pad(values, (0, missing)) if missing else values
+        chunks = values.view(-1, self.chunk)
+        places = chunks.abs().topk(self.k, dim=1, sorted=False).indices.sort(dim=1).values
+        return places, chunks.gather(1, places)
+
     def decode(
         self, code: torch.Tensor, out: torch.Tensor, add: bool = False, sign: float = 1.0
     ) -> None:
@@ -77,11 +87,6 @@ class TopK:
         if not add:
             out.zero_()
         out.index_add_(0, at[inside], found[inside])
-
-
-def _padded(values: torch.Tensor, chunk: int) -> torch.Tensor:
-    missing = -len(values) % chunk
-    return torch.nn.functional.pad(values, (0, missing)) if missing else values
 
 
 def _mean(sizes: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
