@@ -317,6 +317,7 @@ class Unisono(System):
 
     def __init__(self, strategy: str, wire: str = "float32", bucket_mb: float | None = None, **more: Any):  # fmt: skip
         self.wire_value_bytes = 2 if wire == "bfloat16" else 4
+        self._wire = wire
         self._make = (strategy, {"wire": wire, **more})
         self._bucket_mb = bucket_mb
 
@@ -360,6 +361,20 @@ class Unisono(System):
     def drain(self) -> None:
         self.sync.settle()
 
+    def formula_bytes(self, gradient_values: int, ranks: int) -> float:
+        if self._make[0] == "powersgd":
+            from unisono.sync.powersgd import are_embeddings, travelling_values
+
+            params = list(self.module.parameters())
+            whole, (rank, _) = are_embeddings(self.module, params), self._make[1]["low_rank"]
+            gradient_values = travelling_values([p.shape for p in params], whole, rank)
+        if self._wire in ("int8", "int4"):
+            from unisono.sync.codec import make_codec
+
+            row = -(-gradient_values // ranks)
+            return self.passes * (ranks - 1) * make_codec(self._wire).encoded_bytes(row)
+        return super().formula_bytes(gradient_values, ranks)
+
     def counted_bytes(self) -> int:
         return self.sync.ledger.sent_bytes
 
@@ -401,6 +416,9 @@ SYSTEMS: dict[str, Any] = {
     "exact-whole": partial(Unisono, "exact"),
     "exact-even": partial(Unisono, "exact", shard=True, tables=False),
     "exact-bf16": partial(Unisono, "exact", wire="bfloat16", shard=True),
+    "quantized-int8": partial(Unisono, "quantized", wire="int8"),
+    "quantized-int4": partial(Unisono, "quantized", wire="int4"),
+    "powersgd": partial(Unisono, "powersgd", low_rank=(32, 0)),
     "sharded": partial(Unisono, "sharded"),
     "streaming": partial(Local, "streaming"),
     "sparse": partial(Local, "sparse"),
@@ -410,6 +428,7 @@ GROUPS: dict[str, list[str]] = {
     "sweep": [f"ddp@{mb}" for mb in SWEEP_MB],
     "ours": ["exact", "exact-bf16", "sharded"],
     "local": ["streaming", "sparse"],
+    "narrow": ["quantized-int8", "quantized-int4", "powersgd"],
     "peers": [
         "ddp",
         *(f"ddp@{mb}" for mb in SWEEP_MB),
@@ -417,7 +436,7 @@ GROUPS: dict[str, list[str]] = {
         *("deepspeed-zero1", "deepspeed-zero2"),
     ],
 }
-GROUPS["all"] = ["alone", *GROUPS["peers"], *GROUPS["ours"]]
+GROUPS["all"] = ["alone", *GROUPS["peers"], *GROUPS["ours"], *GROUPS["narrow"]]
 
 
 def make_system(name: str) -> System:

@@ -132,6 +132,11 @@ def test_bytes_and_memory_by_hand() -> None:
     assert planned(2).sent_bytes_per_step == 3600
     assert planned(4).sent_bytes_per_step == 2 * 3600 * 3 // 4
     assert planned(4, wire="bfloat16").sent_bytes_per_step == 3600 * 3 // 4
+    # Both ways a row of 225 values goes to three others, with one scale; int4 in whole rotations of 32.
+    assert planned(4, sync="quantized").sent_bytes_per_step == 2 * 3 * (225 + 4)
+    assert planned(4, sync="quantized", wire="int4").sent_bytes_per_step == 2 * 3 * (128 + 4)
+    thin = replace(FACTS, thin_values=300)
+    assert planned(4, facts=thin, sync="powersgd").sent_bytes_per_step == 2 * 1200 * 3 // 4
     # Gradients go over two copies, weights and gradients over the two shards of each.
     sharded = planned(4, sync="sharded", mesh={"replica": 2})
     assert sharded.sent_bytes_per_step == 1800 * (2 * 2 + 1) + 3600 // 2
@@ -141,6 +146,10 @@ def test_bytes_and_memory_by_hand() -> None:
     assert planned(2, **shard).model_bytes == 4000 + 3600 + 3600
     assert planned(4, **shard).model_bytes == 4000 + 3600 + 3600 * 2 // 4
     assert planned(4, wire="bfloat16").model_bytes == 4000 + 3600 + 3600 * 3 // 4
+    assert planned(4, sync="quantized").model_bytes == 4000 + 3600 + 3600 * 3 // 4
+    # Feedback: of other ranks' rows, or of everything.
+    assert planned(4, sync="quantized", wire="int4").model_bytes == 4000 + 3600 + 2 * 3600 * 3 // 4
+    assert planned(2, sync="powersgd").model_bytes == 4000 + 3600 * 3 + 3600
     assert sharded.model_bytes == (4000 + 3600 * 3) // 2
     # Whole gradients: from three replicas on the received pieces too.
     assert planned(2).model_bytes == 4000 + 3600 * 3
@@ -182,12 +191,27 @@ def test_the_optimizer_is_on_shards_where_that_pays() -> None:
     assert "fast link" in planned(2, facts=fast).reasons["shard_optimizer"]
     assert planned(2, facts=fast, shard_optimizer=True).shard_optimizer
     assert planned(2, facts=fast, wire="bfloat16").shard_optimizer
+    few = planned(2, facts=replace(FACTS, hides_whole=True), sync="quantized")
+    assert few.shard_optimizer, "it was asked for"
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"wire": "bfloat16", "sync": "ddp"}, "wire: found bfloat16 with sync: ddp"),
+        ({"wire": "int8"}, "wire: found int8 with sync: exact.*write sync: quantized"),
+        ({"sync": "quantized", "wire": "bfloat16"}, "wire: found bfloat16 with sync: quantized"),
+        (
+            {"sync": "quantized", "determinism": "strict"},
+            "sync: found quantized.*needs sync: exact",
+        ),
+        (
+            {"sync": "quantized", "shard_optimizer": False},
+            "shard_optimizer: found false with sync: q",
+        ),
+        ({"sync": "quantized", "mesh": {"tensor": 2}}, "mesh.tensor: found 2 with sync: quantized"),
+        ({"sync": "powersgd", "wire": "bfloat16"}, "wire: found bfloat16 with sync: powersgd"),
+        ({"sync": "powersgd", "determinism": "strict"}, "sync: found powersgd.*needs sync: exact"),
         ({"wire": "bfloat16", "determinism": "strict"}, "with determinism: strict"),
         ({"wire": "bfloat16", "shard_optimizer": False}, "with shard_optimizer: false"),
         ({"shard_optimizer": True, "determinism": "strict"}, "shard_optimizer: found true"),

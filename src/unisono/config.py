@@ -200,6 +200,15 @@ class MeshConfig(_Section):
     one host. exact, sharded."""
 
 
+class PowerSGDConfig(_Section):
+    """sync: powersgd. Gradients of matrices travel as two thin ones."""
+
+    rank: int = Field(default=32, ge=1)
+    """Columns of the thin matrices: rows + columns times so many values travel of each matrix."""
+    start: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps that come first and are exact."""
+
+
 class ContextConfig(_Section):
     """How keys reach queries on other ranks, where `mesh.context` is more than 1."""
 
@@ -308,7 +317,7 @@ class AttentionConfig(_Section):
         return self
 
 
-NARROW_WIRE = {"streaming": "int4"}
+NARROW_WIRE = {"quantized": "int8", "streaming": "int4"}
 """Strategies that send codes, and which by default."""
 WHOLE_MATRICES = ("exact", "ddp", "reference", "streaming", "sparse")
 """Strategies whose optimizer sees them."""
@@ -399,10 +408,13 @@ class Config(_Section):
     threads: int | None = Field(None, ge=1)
     """CPU threads of one replica; by default the cores divided among the local replicas, and 1 in
     strict mode, because the number of threads changes the order of sums."""
-    sync: Literal["exact", "sharded", "ddp", "reference", "streaming", "sparse"] = "exact"
+    sync: Literal[
+        "exact", "sharded", "ddp", "reference", "quantized", "powersgd", "streaming", "sparse",
+    ] = "exact"  # fmt: skip
     """`exact`: a whole model on every replica. `sharded`: FSDP2, for models that do not fit. `ddp`:
-    PyTorch's. `reference`: the naive definition of correct, for tests. For slow links, no longer the same
-    as one: `streaming`, replicas step alone and agree every so many steps; `sparse`, on the largest changes."""
+    PyTorch's. `reference`: the naive definition of correct, for tests. For slow links, no longer equal to
+    one process: `quantized` sends 1 byte or half a byte a value, `powersgd` low-rank gradients; with
+    `streaming` replicas step alone and agree every so many steps, with `sparse` on the largest changes."""
     streaming: StreamingConfig = Field(default_factory=lambda: StreamingConfig.model_validate({}))
     """For sync: streaming, for example {sync_every: 10}."""
     sparse: SparseConfig = Field(default_factory=lambda: SparseConfig.model_validate({}))
@@ -412,8 +424,10 @@ class Config(_Section):
     return during the next forward pass. `auto`: yes, except for large embeddings (their sums return
     during the backward pass, which hides more), few bytes, strict mode, or one replica."""
     wire: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
-    """What travels. exact: bfloat16 halves the bytes; sums and master weights stay float32. streaming: of
-    deltas, by default int4, with error feedback."""
+    """What travels; sums and master weights stay float32. exact: float32, or bfloat16, which halves the
+    bytes. quantized: int8 (by default) or int4. streaming: of deltas, by default int4."""
+    powersgd: PowerSGDConfig = Field(default_factory=lambda: PowerSGDConfig())
+    """powersgd: how thin, and from when on."""
     mesh: MeshConfig | None = None
     """How ranks divide into replica x shard x context x tensor; by default all are replicas (sharded: all
     shard)."""
@@ -451,13 +465,6 @@ class Config(_Section):
     """Generate from this at the end and show it."""
     sample_tokens: int = Field(120, ge=1)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _wire_of_sync(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and isinstance(sync := raw.get("sync"), str):
-            return {**({"wire": NARROW_WIRE[sync]} if sync in NARROW_WIRE else {}), **raw}
-        return raw
-
     @model_validator(mode="after")
     def _whole_matrices_for_muon(self) -> Self:
         divided = self.sync not in WHOLE_MATRICES or self.shard_optimizer is True
@@ -475,6 +482,13 @@ class Config(_Section):
         if isinstance(value, dict) and "model_type" not in value:
             raise ValueError("an architecture needs model_type, for example llama")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wire_of_sync(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "wire" not in raw and str(raw.get("sync")) in NARROW_WIRE:
+            return {**raw, "wire": NARROW_WIRE[raw["sync"]]}
+        return raw
 
     @model_validator(mode="after")
     def _one_objective(self) -> Self:
@@ -691,6 +705,7 @@ _ALL_FIELDS = {
         DpoConfig,
         RewardConfig,
         MeshConfig,
+        PowerSGDConfig,
         ContextConfig,
         AttentionConfig,
         StreamingConfig,

@@ -58,6 +58,8 @@ class Facts:
     """Sequences of a sample: two of a preference pair."""
     row_tokens: int = 0
     """Of each of them, where they are not padded to `sequence_length`: the mean."""
+    thin_values: int = 0
+    """What sync/powersgd.py sends of `trainable` gradients in a step."""
     hides_whole: bool = False
     """Measured here: whole gradients travel in a small part of a step's compute, and memory is ample."""
     rounds: Rounds | None = None
@@ -223,7 +225,7 @@ def _micro_batches(config: Config, mesh: Mesh, micro_batch: int, reasons: dict[s
             f"sync: found {config.sync}, whose replicas step alone, with determinism: strict, which gives "
             f"the same bits at any number of replicas; write determinism: default, or sync: exact"
         ).on_every_rank()
-    if config.sync in ("ddp", "sharded"):
+    if config.sync not in ("exact", "reference"):
         raise ConfigError(
             f"sync: found {config.sync}; its order of sums depends on the number of replicas, so "
             f"determinism: strict needs sync: exact"
@@ -279,9 +281,10 @@ def _refuse_on_mesh(config: Config, asked: MeshConfig) -> None:
     for axis, size in (("context", asked.context), ("tensor", asked.tensor)):
         if size == 1:
             continue
-        if config.sync in ("ddp", "reference", *LOCAL):
+        narrow = config.sync in ("quantized", "powersgd") and axis == "tensor"
+        if config.sync in ("ddp", "reference", *LOCAL) or narrow:
             raise ConfigError(
-                f"mesh.{axis}: found {size} with sync: {config.sync}, which knows replicas only; write "
+                f"mesh.{axis}: found {size} with sync: {config.sync}, which knows no such axis; write "
                 f"sync: exact or sharded, or leave {axis} out"
             ).on_every_rank()
         if config.determinism == "strict":
@@ -295,14 +298,18 @@ def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, st
     """Whether the optimizer runs on shards; raises ConfigError for what does not combine."""
     strict = config.determinism == "strict"
     asked = config.shard_optimizer
-    if config.sync == "exact" and config.wire in ("int8", "int4"):
+    if config.sync == "quantized":
+        return _quantized(config, n, reasons)
+    deltas = config.sync == "streaming"  # have a wire of their own
+    if config.wire in ("int8", "int4") and not deltas:
         raise ConfigError(
-            f"wire: found {config.wire} with sync: exact, which sends float32 or bfloat16; write "
-            f"sync: streaming, or wire: bfloat16"
+            f"wire: found {config.wire} with sync: {config.sync}, which sends float32 or bfloat16; write "
+            f"sync: quantized"
         ).on_every_rank()
-    own = config.sync == "streaming"  # deltas have a wire of their own
-    if not own and config.wire != "float32" and (config.sync != "exact" or strict or asked is False or config.optim == "muon"):  # fmt: skip
-        with_ = "determinism: strict" if strict else "optim: muon" if config.optim == "muon" else "shard_optimizer: false"  # fmt: skip
+    muon = config.optim == "muon"
+    whole = config.sync != "exact" or strict or asked is False or muon
+    if config.wire != "float32" and whole and not deltas:
+        with_ = "determinism: strict" if strict else "optim: muon" if muon else "shard_optimizer: false"  # fmt: skip
         if config.sync != "exact":
             with_ = f"sync: {config.sync}"
         raise ConfigError(
@@ -316,7 +323,6 @@ def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, st
         ).on_every_rank()
     few = facts.gradient_bytes < SHARD_BYTES and config.wire == "float32" and asked == "auto"
     fast = facts.hides_whole and config.wire == "float32" and asked == "auto"
-    muon = config.optim == "muon"
     if strict or n == 1 or few or fast or asked is False or config.sync != "exact" or muon:
         why = "few bytes" if few else "as given" if asked is False else "alone" if n == 1 else ""
         why = "muon steps whole matrices" if muon else why
@@ -327,6 +333,22 @@ def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, st
     return True
 
 
+def _quantized(config: Config, n: int, reasons: dict[str, str]) -> bool:
+    """As `_shard_optimizer`."""
+    if config.wire not in ("int8", "int4"):
+        raise ConfigError(
+            f"wire: found {config.wire} with sync: quantized, which sends codes; write wire: int8 or int4, "
+            f"or sync: exact"
+        ).on_every_rank()
+    if config.shard_optimizer is False:
+        raise ConfigError(
+            "shard_optimizer: found false with sync: quantized, whose optimizer runs where gradients are "
+            "summed; leave it out"
+        ).on_every_rank()
+    reasons["shard_optimizer"] = "quantized" if n > 1 else "alone"
+    return n > 1
+
+
 def _sent_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> int:
     """Gradients and weights that each rank sends in a step; formulas in the strategies' files."""
     n = mesh.holders
@@ -335,6 +357,12 @@ def _sent_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> 
         return facts.rounds.sent_bytes // facts.rounds.every
     if config.sync == "reference":
         return size * (n - 1) * accumulation
+    if config.sync == "quantized":
+        from unisono.sync.codec import make_codec  # loads torch
+
+        return 2 * (n - 1) * make_codec(config.wire).encoded_bytes(-(-size // _width(facts) // n))
+    if config.sync == "powersgd":
+        size = facts.thin_values * _width(facts)
     sent = 2 * size * (n - 1) // n // (2 if config.wire == "bfloat16" else 1)
     if config.sync == "sharded":
         over = mesh.shard * mesh.context
@@ -373,10 +401,12 @@ def _memory_bytes(config: Config, facts: Facts, mesh: Mesh, shard: bool) -> int:
         return (weights + size * (1 + moments)) // (mesh.shard * mesh.context)
     n = mesh.holders
     if shard:
-        moments += int(config.wire == "bfloat16")  # master weights
-        return weights + size + size * moments // n
+        moments += int(config.wire != "float32")  # master weights
+        feedback = size * (n - 1) // n if config.wire == "int4" else 0
+        return weights + size + size * moments // n + feedback
     received = int(n > 2 and config.sync == "exact")
-    return weights + size * (1 + moments + received)
+    feedback = size if config.sync == "powersgd" and n > 1 else 0
+    return weights + size * (1 + moments + received) + feedback
 
 
 def _width(facts: Facts) -> int:

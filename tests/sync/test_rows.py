@@ -154,7 +154,7 @@ def each_kind_trained(world, wire: str) -> list[list]:
     return [trained(world, kind, wire) for kind in KINDS]
 
 
-@pytest.mark.parametrize(("size", "wire"), [(2, "float32"), (3, "float32"), (3, "bfloat16")])  # fmt: skip
+@pytest.mark.parametrize(("size", "wire"), [(2, "float32"), (3, "float32"), (3, "bfloat16"), (3, "int8")])  # fmt: skip
 def test_rows_equal_a_plain_loop(size: int, wire: str) -> None:
     results = run_ranks(each_kind_trained, size, wire)
     assert all(r == results[0] for r in results), "replicas differ"

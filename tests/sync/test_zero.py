@@ -205,13 +205,18 @@ def test_odd_models_equal_a_plain_loop(size: int) -> None:
 # --- weights are waited for, whoever uses them
 
 
+def none_of(target: torch.Tensor) -> float:
+    """In codes the bytes of a scale that is NaN."""
+    return float("nan") if target.is_floating_point() else 255
+
+
 def hold_gathers_back() -> None:
     """What a gather brings is NaN until it is waited for."""
 
     class Late(Handle):
         def __init__(self, real: Handle, target: torch.Tensor, arrived: torch.Tensor) -> None:
             self._real, self._target, self._arrived = real, target, arrived
-            target.fill_(float("nan"))
+            target.fill_(none_of(target))
 
         def done(self) -> bool:
             return False
@@ -238,7 +243,7 @@ def hold_gathers_back() -> None:
 
         class LateRows(Late):
             def __init__(self) -> None:
-                table[others] = float("nan")
+                table[others] = none_of(table)
 
             def wait(self) -> None:
                 handle.wait()
@@ -307,11 +312,13 @@ def used_elsewhere(world, blind: bool, wire: str) -> bool:
             loss = loss_of(sync.model, rows(1, world.rank))
         return bool(loss.isnan())
     both(world, sync, alone, range(1, 4), 2)
-    assert_equal(sync, alone, 1e-5 if wire == "float32" else 2e-2)
+    assert_equal(sync, alone, {"float32": 1e-5, "int4": 0.3}.get(wire, 2e-2))
     return False
 
 
-@pytest.mark.parametrize(("size", "wire"), [(2, "float32"), (3, "float32"), (2, "bfloat16")])
+@pytest.mark.parametrize(
+    ("size", "wire"), [(2, "float32"), (3, "float32"), (2, "bfloat16"), (2, "int8"), (3, "int4")]
+)
 def test_weights_are_waited_for_whoever_uses_them(size: int, wire: str) -> None:
     run_ranks(used_elsewhere, size, False, wire)
 
@@ -592,7 +599,7 @@ def blamed(world, rank: int, name: str, at: int, wire: str) -> tuple[int, str] |
     [(2, 0, "0.weight"), (2, 1, "0.weight"), (2, 0, "4.bias"), (2, 1, "4.bias"), (3, 0, "0.weight"),
      (3, 1, "2.weight"), (3, 2, "4.bias"), (4, 1, "0.weight"), (4, 3, "2.weight")],
 )  # fmt: skip
-@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
 def test_what_is_not_finite_changes_nothing_and_is_traced(
     size: int, rank: int, name: str, wire: str
 ) -> None:

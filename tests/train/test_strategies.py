@@ -14,6 +14,15 @@ from unisono.errors import CheckpointError
 
 SHARDED = {"shard_optimizer": True, "bucket_mb": 0.02, "max_steps": 12, "save_steps": 4, "lr_scheduler_type": "constant"}  # fmt: skip
 HALF = {**SHARDED, "wire": "bfloat16"}
+INT8 = {**SHARDED, "shard_optimizer": "auto", "sync": "quantized"}
+INT4 = {**INT8, "wire": "int4"}
+THIN = {
+    **SHARDED,
+    "shard_optimizer": "auto",
+    "sync": "powersgd",
+    "powersgd": {"rank": 4, "start": 0.4},
+}
+NARROW = {"int8": INT8, "int4": INT4, "powersgd": THIN}
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +81,19 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     """Uninterrupted runs at 2 ranks, and the plain one."""
     found = {}
     kinds = {"float32": SHARDED, "bfloat16": HALF, "plain": {**SHARDED, "shard_optimizer": False}}
-    for name, changes in kinds.items():
+    for name, changes in (kinds | NARROW).items():
         found[name] = tmp_path_factory.mktemp(name)
-        patch = tables_on if name == "bfloat16" else None
+        patch = tables_on if name in ("bfloat16", "int8", "int4") else None
         all_done(finish(place, found[name], 2, patch, **changes))
     return found
 
 
-@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8", "int4", "powersgd"])
 def test_killed_and_resumed_gives_the_same_bits(
     place: Path, tmp_path: Path, whole: dict[str, Path], wire: str
 ) -> None:
-    changes, patch = (HALF, tables_on) if wire == "bfloat16" else (SHARDED, None)
+    changes = {"float32": SHARDED, "bfloat16": HALF, **NARROW}[wire]
+    patch = None if wire in ("float32", "powersgd") else tables_on
     with start(place, tmp_path, 2, patch, **changes) as ranks:
         wait_for(lambda: list(tmp_path.glob("checkpoint-[48]/manifest.json")) or not ranks.alive())
         ranks.signal(signal.SIGKILL)
@@ -93,7 +103,7 @@ def test_killed_and_resumed_gives_the_same_bits(
     all_done(ends)
     assert any("resumed from" in line for line in ends[0][1])
     assert receipt(tmp_path)["digest"] == receipt(whole[wire])["digest"]
-    assert receipt(whole["float32"])["digest"] != receipt(whole["bfloat16"])["digest"]
+    assert len({receipt(output)["digest"] for output in whole.values()}) >= 5
     assert "each exactly where the order has it" in receipt(tmp_path)["samples"]
 
 
@@ -117,6 +127,35 @@ def test_resumed_elsewhere(
     assert len(losses(tmp_path)) == 12
 
 
+EVENLY = "error feedback of {} replicas is divided evenly among {}"
+NO_OWN = "left out what single replicas had of their own ({})"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(2, INT4, ""), (3, INT4, EVENLY.format(2, 3)), (1, INT4, NO_OWN.format("feedback"))],
+        [(3, INT8, ""), (2, INT8, EVENLY.format(3, 2)), (2, SHARDED, NO_OWN.format("feedback"))],
+        [(2, INT4, ""), (2, THIN, "which travel whole"), (3, THIN, EVENLY.format(2, 3))],
+        [(2, THIN, ""), (2, INT4, NO_OWN.format("warm_start")), (2, INT8, "int8 has none")],
+        [(2, HALF, ""), (2, INT4, ""), (2, DDP, NO_OWN.format("feedback"))],
+    ],
+    ids=["int4", "int8", "int4 powersgd", "powersgd int4 int8", "bfloat16 int4 ddp"],
+)
+def test_codes_resumed_elsewhere(
+    place: Path, tmp_path: Path, whole: dict[str, Path], parts: list[tuple[int, dict, str]]
+) -> None:
+    """Feedback comes along where it can; where it cannot, a line says so."""
+    for k, (size, changes, note) in enumerate(parts):
+        steps = {"max_steps": 4 * (k + 1)}
+        ends = finish(place, tmp_path, size, tables_on, **{**changes, **steps})
+        all_done(ends)
+        told = " ".join(" ".join(ends[0][1]).split())
+        assert note in told and ("resume: " in told) == bool(note)
+    assert losses(tmp_path) == pytest.approx(losses(whole["plain"]), rel=2e-2)
+    assert len(losses(tmp_path)) == 12
+
+
 def test_the_results_are_ordinary_models_and_close(whole: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -130,12 +169,18 @@ def test_the_results_are_ordinary_models_and_close(whole: dict[str, Path]) -> No
     for key, plain in models["plain"].items():
         assert (models["float32"][key] - plain).norm() <= 1e-3 * plain.norm(), key
         assert (models["bfloat16"][key] - plain).norm() <= 3e-2 * plain.norm(), key
+        assert (models["int8"][key] - plain).norm() <= 6e-2 * plain.norm(), key
+        assert (models["int4"][key] - plain).norm() <= 0.2 * plain.norm(), key
     assert losses(whole["float32"]) == pytest.approx(losses(whole["plain"]), rel=1e-5)
     assert losses(whole["bfloat16"]) == pytest.approx(losses(whole["plain"]), rel=2e-3)
+    assert losses(whole["int8"]) == pytest.approx(losses(whole["plain"]), rel=2e-3)
+    assert losses(whole["int4"]) == pytest.approx(losses(whole["plain"]), rel=2e-2)
+    assert losses(whole["powersgd"])[:5] == pytest.approx(losses(whole["plain"])[:5], rel=1e-5)
+    assert losses(whole["powersgd"]) == pytest.approx(losses(whole["plain"]), rel=3e-2)
 
 
 def test_bytes_are_those_of_the_plan(whole: dict[str, Path]) -> None:
-    for name in ("float32", "plain"):
+    for name in ("float32", "plain", "powersgd"):
         plan = json.loads((whole[name] / "plan.json").read_text())
         sent = receipt(whole[name])["sent_bytes_per_step"]
         assert plan["sent_bytes_per_step"] <= sent <= plan["sent_bytes_per_step"] * 1.05 + 20_000

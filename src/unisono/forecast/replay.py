@@ -88,7 +88,7 @@ class Foretold:
 
 def foretell(
     system: System, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
-    *, wire_bytes: int = 4, bucket_bytes: float = 4 * 2**20, rows: int = 0, width: int = 0, votes: int = 1,
+    *, wire_bytes: float = 4, bucket_bytes: float = 4 * 2**20, rows: int = 0, width: int = 0, votes: int = 1,
 ) -> Foretold:  # fmt: skip
     """A step in full swing. `rows`: of the table that a rank looks up in a step, `width` values each;
     `wire_bytes`: of a value on its way; `votes`: values that ranks add up besides."""
@@ -116,7 +116,7 @@ class _Step:
 
     def __init__(
         self, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
-        wire_bytes: int, bucket_bytes: float, rows: int, width: int, votes: int,
+        wire_bytes: float, bucket_bytes: float, rows: int, width: int, votes: int,
     ) -> None:  # fmt: skip
         self.tensors, self.passes, self.lanes, self.ranks = tensors, passes, lanes, ranks
         self.wire_bytes, self.bucket_bytes = wire_bytes, bucket_bytes

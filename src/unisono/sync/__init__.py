@@ -19,6 +19,7 @@ from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.outer import Outer
 from unisono.sync.parts import Parts
+from unisono.sync.powersgd import PowerSGD
 from unisono.sync.reference import Reference
 from unisono.sync.slices import Slices
 from unisono.sync.update import OptimizerFactory, Update
@@ -125,6 +126,7 @@ def make_strategy(
     shard: bool = False,
     wire: str = "float32",
     tables: bool = True,
+    low_rank: tuple[int, int] = (0, 0),
     layout: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     slices: Slices | None = None,
@@ -134,8 +136,9 @@ def make_strategy(
     """Collective: the strategy of that name.
 
     `optimizer`: without one there is no `update` (a loop of one's own has its own). `leaves`: as in
-    Exact, None unless strict. `shard`, `wire`, `tables`, `layout`: as in Zero. `mesh`: by default all
-    ranks are replicas, or shard (sharded). `slices`: what `tensor.apply` returned for this model. `outer`: of streaming and sparse.
+    Exact, None unless strict. `shard`, `wire`, `tables`, `layout`: as in Zero. `low_rank`: (rank, first
+    step), as in PowerSGD. `mesh`: by default all ranks are replicas, or shard (sharded). `slices`: what
+    `tensor.apply` returned for this model. `outer`: of streaming and sparse.
     """
     if name == "reference":
         return Reference(model, ledger, optimizer=optimizer, timeout_s=timeout_s)
@@ -153,7 +156,21 @@ def make_strategy(
 
         assert optimizer is not None and outer is not None
         return Streaming(model, ledger, optimizer=optimizer, outer=outer, timeout_s=timeout_s)
-    assert name == "exact", name
+    if name == "powersgd":
+        assert optimizer is not None
+        return PowerSGD(
+            model,
+            ledger,
+            optimizer=optimizer,
+            rank=low_rank[0],
+            start=low_rank[1],
+            layout=layout,
+            mesh=mesh,
+            bucket_mb=bucket_mb,
+            timeout_s=timeout_s,
+        )
+    assert name in ("exact", "quantized"), name
+    shard = shard or name == "quantized"
     if shard and (mesh.holders if mesh else torch.distributed.get_world_size()) > 1:
         assert optimizer is not None and not leaves
         return Zero(

@@ -138,8 +138,7 @@ class Int4:
             pairs = torch.add(y[:, :half], y[:, half:], alpha=16)
             codes[a // 2 : a // 2 + pairs.numel()].view(pairs.shape).copy_(pairs)
             if left is not None:
-                sent = self._back(y.mul_(scale))
-                torch.sub(values[a:b], sent.view(-1)[: b - a], out=left[a:b])
+                self._add(values[a:b], y.mul_(scale), -1.0, left[a:b])
         code[: 4 * num_blocks].copy_(scales.view(-1).view(torch.uint8))
         return code
 
@@ -155,14 +154,22 @@ class Int4:
             y = torch.empty(count, width, device=out.device)
             second = torch.mul(pairs, 1 / 16, out=y[:, half:]).round_()  # |first| / 16 < 1/2
             torch.sub(pairs, second, alpha=16, out=y[:, :half])
-            values = self._back(y.mul_(scales[blocks])).view(-1)[: b - a]
-            if add:
-                out[a:b].add_(values)
-            else:
-                out[a:b].copy_(values)
+            y.mul_(scales[blocks])
+            if not add:
+                out[a:b].zero_()
+            self._add(out[a:b], y, 1.0, out[a:b])
 
-    def _back(self, y: torch.Tensor) -> torch.Tensor:
-        return y.view(-1, ROTATED) @ _hadamard(y.device) if self.rotated else y
+    def _add(self, x: torch.Tensor, y: torch.Tensor, sign: float, out: torch.Tensor) -> None:
+        """out = x + sign y, y rotated back."""
+        n, rows = len(x), (-1, ROTATED)
+        if not self.rotated:
+            torch.add(x, y.view(-1)[:n], alpha=sign, out=out)
+        elif n % ROTATED == 0:
+            turn = _hadamard(x.device)
+            torch.addmm(x.view(rows), y.view(rows), turn, alpha=sign, out=out.view(rows))
+        else:
+            y = y.view(rows) @ _hadamard(x.device)
+            torch.add(x, y.view(-1)[:n], alpha=sign, out=out)
 
 
 def make_codec(name: str, *, stochastic: bool = False, rotated: bool = True) -> Codec:

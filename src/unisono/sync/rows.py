@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from unisono.sync.codec import mix
 from unisono.sync.ledger import Group, Handle
 from unisono.sync.shard import Shard
 from unisono.sync.tree import HALF
@@ -80,14 +81,19 @@ class Table:
         ids = [x.ids for x in self.lookups]
         return ids[0] if len(ids) == 1 else torch.unique(torch.cat(ids or [torch.empty(0).long()]))
 
-    def gradients(self, numbers: torch.Tensor, most: int) -> torch.Tensor:
-        """[most, d] in the type on the wire: of the rows `numbers`, then zeros. Forgets them here."""
-        dim = self.shard.layout.shapes[0][1]
-        result = torch.zeros(most, dim, dtype=self.shard.wire)
+    def gradients(self, numbers: torch.Tensor, most: int, seed: int) -> torch.Tensor:
+        """As on the wire: [most, d], those of the rows `numbers`, then zeros. Forgets them here."""
+        wire = self.shard.wires.rows
+        result = torch.zeros(most, self.dim, dtype=wire.staged)
         ids, total = self.own()
         result[torch.searchsorted(numbers, ids)] = total.to(result.dtype)
         self.lookups.clear()
-        return result
+        return wire.encode(result.view(1, -1), [seed])[0]
+
+    @property
+    def dim(self) -> int:
+        """Values of a row."""
+        return self.shard.layout.shapes[0][1]
 
     @torch.no_grad()
     def own(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,8 +101,7 @@ class Table:
         found = [(x.ids, g) for x in self.lookups if (g := x.gradient) is not None]
         if len(found) == 1:
             return found[0]
-        dim = self.shard.layout.shapes[0][1]
-        dtype = self.shard.layout.dtype
+        dim, dtype = self.dim, self.shard.layout.dtype
         if not found:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, dim, dtype=dtype)
         ids, inverse = torch.unique(torch.cat([i for i, _ in found]), return_inverse=True)
@@ -135,14 +140,16 @@ class Rows:
             if most:
                 self._handles.append(self._group.all_gather(self._numbers[-1], padded))
 
-    def send(self) -> None:
-        """Collective: the gradients follow, once the backward pass is over."""
+    def send(self, seed: int) -> None:
+        """Collective: the gradients follow, once the backward pass is over. `seed`: of their rounding."""
         self.advance(wait=True)
-        for table, mine, numbers in zip(self._tables, self._mine, self._numbers, strict=True):
-            gradients = table.gradients(mine, numbers.shape[1])
-            self._gradients.append(gradients.new_empty(self._group.size, *gradients.shape))
+        group = self._group
+        for k, table in enumerate(self._tables):
+            noise = mix(seed, k, group.rank)
+            gradients = table.gradients(self._mine[k], self._numbers[k].shape[1], noise)
+            self._gradients.append(gradients.new_empty(group.size, len(gradients)))
             if gradients.numel():
-                self._handles.append(self._group.all_gather(self._gradients[-1], gradients))
+                self._handles.append(group.all_gather(self._gradients[-1], gradients))
 
     def add(self) -> tuple[int, Table] | None:
         """Wait, and add all replicas' rows to the tables' sums, in rank order on every replica.
@@ -160,8 +167,10 @@ class Rows:
             if total.dtype in HALF:  # rounded once, after all ranks' rows
                 touched, places = torch.unique(torch.cat(numbers), return_inverse=True)
                 wide, numbers = total[touched].float(), list(places.split(counts))
-            for rank, count in enumerate(counts):
-                gradients = self._gradients[k][rank, :count].to(wide.dtype)
+            most = self._numbers[k].shape[1]
+            for rank, sent in enumerate(self._gradients[k].split(1)):
+                gradients = table.shard.wires.rows.wide(sent, most * table.dim)
+                gradients = gradients.view(most, table.dim)[: counts[rank]].to(wide.dtype)
                 # Each row once: any order of additions is one.
                 wide.index_add_(0, numbers[rank], gradients)
                 if culprit is None and not torch.isfinite(gradients).all():

@@ -6,6 +6,10 @@ them, this rank's own part stays where autograd put it and is added to what arri
 
 A `whole` shard is the exception: its sum returns to all ranks as soon as it is there, each steps the
 whole optimizer, and the weights need not travel.
+
+Error feedback (Seide et al., 2014; Karimireddy et al., 2019, arXiv:1901.09847): what coding took from what
+this rank sent, gradients to other ranks' rows and the sum of its own row, is added when the same leaves the
+next time. It counts from `step` on: a step that is dropped leaves it as it was.
 """
 
 from collections.abc import Sequence
@@ -14,9 +18,11 @@ import torch
 from torch.nn import Parameter
 
 from unisono.sync.bucket import Layout
+from unisono.sync.codec import BLOCK, mix
 from unisono.sync.ledger import Group, Handle
 from unisono.sync.tree import HALF, tree_sum
 from unisono.sync.update import OptimizerFactory, by_dimension, step
+from unisono.sync.wire import Cast, Wires
 
 CHUNK_BYTES = 1 << 20
 """A row that is longer travels in chunks of about this size, or of half a bucket if that is more: so that
@@ -25,7 +31,7 @@ two ranks) take turns with large messages: 6 MB at 40 to 60 MB/s where the link 
 
 
 class Shard:
-    """This rank's view of a bucket. `layout` says where what lies, `wire` what travels."""
+    """This rank's view of a bucket. `layout` says where what lies, `wires` how it travels."""
 
     def __init__(
         self,
@@ -33,17 +39,19 @@ class Shard:
         params: Sequence[Parameter],
         rank: int,
         factory: OptimizerFactory,
-        wire: torch.dtype,
+        wires: Wires,
         whole: bool = False,
         bucket_bytes: int = 0,
     ) -> None:
-        self.layout, self.wire, self.rank, self.whole = layout, wire, rank, whole
+        self.layout, self.wires, self.rank, self.whole = layout, wires, rank, whole
         self.sends_gradients = True
         # NCCL's own reduce-scatter adds in its own order, on all ranks' rows.
-        self._native = layout.device.type == "cuda" and wire == layout.dtype not in HALF
-        rows = [r for r in range(layout.replicas) if r != rank or self._native]
-        pieces = [layout.pieces(r) for r in rows]
-        size = -(-max(CHUNK_BYTES, bucket_bytes // 2) // wire.itemsize)
+        as_they_are = wires.gradients == Cast(layout.dtype)
+        self._native = layout.device.type == "cuda" and as_they_are and layout.dtype not in HALF
+        self._others = [r for r in range(layout.replicas) if r != rank or self._native]
+        pieces = [layout.pieces(r) for r in self._others]
+        block_bytes = wires.gradients.length(BLOCK) * wires.gradients.dtype.itemsize
+        size = -(-max(CHUNK_BYTES, bucket_bytes // 2) * BLOCK // block_bytes)
         self._chunks = [
             (a, min(a + size, layout.row_length)) for a in range(0, layout.row_length, size)
         ]
@@ -62,7 +70,16 @@ class Shard:
         self.spans = layout.pieces(rank)
         self.gather: Handle | None = None
         self._changes: torch.Tensor | None = None
-        self.reset()
+        self._left: list[torch.Tensor] | None = None
+        """As `_outgoing`: what gradients lost on the way in earlier steps."""
+        self._left_of_sum: torch.Tensor | None = None
+        """[row_length], what this rank's row of the sum lost."""
+        if wires.keeps_left:
+            self._left = [torch.zeros_like(rows) for rows in self._empty()]
+        if whole and wires.keeps_left_of_sums:
+            self._left_of_sum = torch.zeros(layout.row_length, device=layout.device)
+        self.begin()
+        self.drop()
         if whole:
             self.pieces = list(params)
             self.optimizer = factory(*by_dimension(self.pieces))
@@ -77,7 +94,7 @@ class Shard:
             p.data = view
         self.weights = flat.view(layout.replicas, layout.row_length)
         self.row = self.weights[self.rank]
-        self.master = self.row if self.wire == layout.dtype else self.row.clone()
+        self.master = self.row.clone() if self.wires.rounds else self.row
         """What the optimizer steps: the row itself, or a copy that no wire has rounded."""
         self.pieces = [Parameter(self.master[at : at + e - b]) for at, b, e in self.spans]
         dims = [len(shape) for shape in layout.shapes]
@@ -86,8 +103,8 @@ class Shard:
             [x for x, d in zip(self.pieces, dims, strict=True) if d < 2],
         )
 
-    def reset(self) -> None:
-        """Before a step."""
+    def begin(self) -> None:
+        """Before the backward passes of a step."""
         self.missing = set(range(len(self.layout.indices)))
         """Places of the parameters that have no gradient on this rank yet."""
         self.pending = len(self.layout.indices) if self.sends_gradients else 0
@@ -95,16 +112,24 @@ class Shard:
         self._scatters: list[Handle] = []
         self._outgoing: list[torch.Tensor] = []
         """By chunk, [rows that travel, length of the chunk]."""
+        self._sent: list[torch.Tensor] = []
+        """The same as on the wire."""
         self._received: list[torch.Tensor] = []
         self._row: torch.Tensor | None = None
+        self._returning: list[Handle] = []
+        self._returned: list[torch.Tensor] = []
+
+    def drop(self) -> None:
+        """Forget what a step has come to."""
         self.total: torch.Tensor | None = None
         """[row_length], the sum over ranks of this rank's part, once it is there."""
         self.sums: torch.Tensor | None = None
         """[replicas, row_length], where the shard is whole."""
-        self._returning: list[Handle] = []
-        self._returned: list[torch.Tensor] = []
         self.norm = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         """Of this rank's part of the sum."""
+        self._leaves: list[torch.Tensor] | None = None
+        self._leaves_of_sum: torch.Tensor | None = None
+        """What `_left` and `_left_of_sum` become if the step counts."""
 
     # --- gradients
 
@@ -113,27 +138,49 @@ class Shard:
         outgoing = self._outgoing = self._outgoing or self._empty()
         flat = gradient.reshape(-1)
         for slot, chunk, at, begin, end in self._parts[place]:
-            outgoing[chunk][slot, at : at + end - begin].copy_(flat[begin:end])
+            target = outgoing[chunk][slot, at : at + end - begin]
+            if self._left:
+                left = self._left[chunk][slot, at : at + end - begin]
+                torch.add(flat[begin:end], left, out=target)
+            else:
+                target.copy_(flat[begin:end])
         self.missing.discard(place)
 
-    def send(self, group: Group) -> None:
-        """Collective: start the way of all packed gradients; those that are missing are zeros."""
+    def send(self, group: Group, seed: int) -> None:
+        """Collective: start the way of all packed gradients; those that are missing are zeros.
+
+        `seed`: of stochastic rounding.
+        """
         if not self.sends_gradients:
             return
         outgoing = self._outgoing = self._outgoing or self._empty()
+        wire = self.wires.gradients
         for place in self.missing:
             for slot, chunk, at, begin, end in self._parts[place]:
-                outgoing[chunk][slot, at : at + end - begin].zero_()
-        if self.layout.replicas == 2 or self._native:  # what comes is one row
-            self._row = torch.empty(
-                self.layout.row_length, dtype=self.wire, device=self.layout.device
+                target = outgoing[chunk][slot, at : at + end - begin]
+                if self._left:
+                    target.copy_(self._left[chunk][slot, at : at + end - begin])
+                else:
+                    target.zero_()
+        self._sent = [
+            wire.encode(
+                rows,
+                [mix(seed, k, self.rank, r) for r in self._others],
+                rows if self.wires.keeps_left else None,
             )
-            self._received = [self._row[a:b].unsqueeze(0) for a, b in self._chunks]
+            for k, rows in enumerate(outgoing)
+        ]
+        if self.wires.keeps_left:
+            self._leaves = outgoing
+        if self.layout.replicas == 2 or self._native:  # what comes is one row
+            lengths = [wire.length(b - a) for a, b in self._chunks]
+            self._row = torch.empty(sum(lengths), dtype=wire.dtype, device=self.layout.device)
+            self._received = [part.unsqueeze(0) for part in self._row.split(lengths)]
         else:
-            self._received = [torch.empty_like(rows) for rows in outgoing]
+            self._received = [torch.empty_like(rows) for rows in self._sent]
         # All memory is there before anything leaves: a rank that has none begins again in `finish`, and
         # what it had sent already would travel twice.
-        for received, rows in zip(self._received, outgoing, strict=True):
+        for received, rows in zip(self._received, self._sent, strict=True):
             if self._native:
                 self._scatters.append(group.reduce_scatter(received, rows))
             else:
@@ -152,32 +199,36 @@ class Shard:
         """
         for handle in self._scatters:
             handle.wait()
-        received = self._received
-        self._scatters, self._received, self._outgoing = [], [], []
-        layout = self.layout
-        if self._row is not None:
-            self.total, self._row = self._row.to(layout.dtype), None
+        received, row = self._received, self._row
+        self._scatters, self._received, self._row = [], [], None
+        self._outgoing, self._sent = [], []
+        layout, wire = self.layout, self.wires.gradients
+        chunks = list(zip(self._chunks if received else [], received, strict=True))
+        if row is not None:
+            self.total = row
+            if wire.dtype != layout.dtype:
+                self.total = row.new_empty(layout.row_length, dtype=layout.dtype)
+                for (a, b), rows in chunks:
+                    wire.decode(rows, self.total[a:b].unsqueeze(0))
             if not self._native:
                 self._add_own(self.total, gradients)
         else:
             self.total = torch.zeros(layout.row_length, dtype=layout.dtype, device=layout.device)
             self._add_own(self.total, gradients)
-            for (a, b), rows in zip(self._chunks if received else [], received, strict=True):
-                own = self.total[a:b]
-                pieces = [*rows[: self.rank], own, *rows[self.rank :]]
-                if self.wire in HALF:
-                    pieces = [piece.float() for piece in pieces]
+            for (a, b), rows in chunks:
+                own, wide = self.total[a:b], wire.wide(rows, b - a)
+                pieces = [*wide[: self.rank], own.to(wide.dtype), *wide[self.rank :]]
                 own.copy_(tree_sum(pieces))
         self.look()
         if self.norm.is_cuda or self.is_finite:  # on a GPU, looking would wait for it
             return None
         if any(g is not None and not torch.isfinite(g).all() for g in gradients):
             return self.rank
-        others = [r for r in range(self.layout.replicas) if r != self.rank]
         # The tree adds into its first rows; the last ones are, or contain, single ranks' own.
-        for rows in received:
-            for r, row in reversed(list(zip(others, rows, strict=True))):
-                if not torch.isfinite(row).all():
+        for (a, b), rows in chunks:
+            wide = wire.wide(rows, b - a)
+            for r, other in reversed(list(zip(self._others, wide, strict=True))):
+                if not torch.isfinite(other).all():
                     return r
         return None
 
@@ -196,9 +247,16 @@ class Shard:
         if done and not wait and not self._returning[-1].done():
             return False
         a, b = self._chunks[done]
-        mine = self.total[a:b].to(self.wire)
-        chunk = mine.new_empty(self.layout.replicas, b - a)
-        self._returning.append(group.all_gather(chunk, mine))
+        mine, left = self.total[a:b].unsqueeze(0), None
+        if self._left_of_sum is not None:
+            mine = left = mine + self._left_of_sum[a:b]
+        sent = self.wires.sums.encode(mine, [0], left)
+        if left is not None:
+            if self._leaves_of_sum is None:
+                self._leaves_of_sum = torch.empty_like(self.total)
+            self._leaves_of_sum[a:b] = left[0]
+        chunk = sent.new_empty(self.layout.replicas, sent.shape[1])
+        self._returning.append(group.all_gather(chunk, sent))
         self._returned.append(chunk)
         return True
 
@@ -214,7 +272,7 @@ class Shard:
             self._chunks if self._returning else [], self._returning, self._returned, strict=True
         ):
             handle.wait()
-            self.sums[:, a:b] = chunk
+            self.wires.sums.decode(chunk, self.sums[:, a:b])
         self._returning, self._returned = [], []
 
     def whole_sum(self) -> torch.Tensor:
@@ -266,9 +324,9 @@ class Shard:
                 row[at : at + end - begin].add_(g.reshape(-1)[begin:end])
 
     def _empty(self) -> list[torch.Tensor]:
-        rows = self.layout.replicas - (not self._native)
+        dtype = self.wires.gradients.staged
         result = [
-            torch.empty(rows, b - a, dtype=self.wire, device=self.layout.device)
+            torch.empty(len(self._others), b - a, dtype=dtype, device=self.layout.device)
             for a, b in self._chunks
         ]
         for slot, chunk, begin, end in self._gaps:
@@ -310,7 +368,12 @@ class Shard:
         step(self.optimizer, learning_rate)
         for piece in self.pieces:
             piece.grad = None
-        self.total = self.sums = None
+        self._left = self._leaves or self._left
+        if self._leaves_of_sum is not None:
+            self._left_of_sum = self._leaves_of_sum
+            for a, b in self._gaps_of(self.spans):  # no parameter's, and in no checkpoint
+                self._left_of_sum[a:b].zero_()
+        self.drop()
 
     def send_weights(self, group: Group) -> None:
         """Collective: start the way of this rank's new weights to the others, and of theirs here."""
@@ -320,13 +383,14 @@ class Shard:
             else:
                 self.gather = group.all_gather(self.weights, self.row.clone())
             return
-        change = (self.master - self.row).to(self.wire)
-        self.row.add_(change)
-        self._changes = change.new_empty(self.weights.shape)
+        wire = self.wires.weights
+        change = wire.encode((self.master - self.row).unsqueeze(0), [0])
+        wire.decode(change, self.row.unsqueeze(0), add=True)
+        self._changes = change.new_empty(self.layout.replicas, change.shape[1])
         if group.size == 2:
-            self.gather = group.exchange(self._changes[1 - self.rank], change)
+            self.gather = group.exchange(self._changes[1 - self.rank], change[0])
         else:
-            self.gather = group.all_gather(self._changes, change)
+            self.gather = group.all_gather(self._changes, change[0])
 
     def receive_weights(self) -> bool:
         """Wait for the other ranks' weights; False if none were under way."""
@@ -335,8 +399,44 @@ class Shard:
         self.gather.wait()
         self.gather = None
         if self._changes is not None:
-            for r, change in enumerate(self._changes):
+            for r, change in enumerate(self._changes.split(1)):
                 if r != self.rank:
-                    self.weights[r].add_(change)
+                    self.wires.weights.decode(change, self.weights[r : r + 1], add=True)
             self._changes = None
         return True
+
+    # --- error feedback
+
+    @property
+    def has_feedback(self) -> bool:
+        return self._left is not None or self._left_of_sum is not None
+
+    def feedback(self) -> torch.Tensor:
+        """[size], laid out as the bucket: what this rank has yet to send of other ranks' rows, and of
+        its own, where the shard is whole, what has yet to return."""
+        result = torch.zeros(self.layout.size, device=self.layout.device)
+        rows = result.view(self.layout.replicas, -1)
+        for (a, b), left in zip(self._chunks, self._left or (), strict=False):
+            rows[self._others, a:b] = left
+        if self._left_of_sum is not None:
+            rows[self.rank] = self._left_of_sum
+        return result
+
+    def take_feedback(self, place: int, by_replica: torch.Tensor) -> None:
+        """`by_replica` [replicas, values]: what each replica has yet to send of a parameter.
+
+        What nobody here sends (parts of an owner's own row, once they lie in other rows) is divided
+        among those who do.
+        """
+        senders = self.layout.replicas - 1
+        if self._left is not None:
+            for slot, chunk, at, begin, end in self._parts[place]:
+                mine, owners = (by_replica[r, begin:end] for r in (self.rank, self._others[slot]))
+                if self._left_of_sum is None:
+                    mine = mine + owners / senders
+                self._left[chunk][slot, at : at + end - begin] = mine
+        if self._left_of_sum is not None:
+            at, begin, end = self.spans[place]
+            part = by_replica[:, begin:end]
+            own = part.sum(0) if self._left is None else part[self.rank]
+            self._left_of_sum[at : at + end - begin] = own

@@ -18,10 +18,16 @@ the float32 master weight on the owner's shard, rounded. What rounding leaves be
 next change, so that replicas follow the master to within 2^-9 of one step's change, and no drift
 builds up. All replicas, the owner too, add the same rounded change.
 
+`wire: int8 | int4` (sync: quantized) is the same with a codec (sync/codec.py) in place of the cast:
+gradients by all-to-all, decoded and added in float32, and changes of weights by all-gather, as in ZeRO++
+(Wang et al., 2023, arXiv:2306.10209) and SDP4Bit (Jia et al., 2024, arXiv:2410.15526). What int4 takes from
+a gradient stays with its sender and is added to the next one (error feedback, sync/shard.py).
+
 Bytes sent by each rank, S being those of the weights on the wire, n the replicas:
-S (n-1)/n for gradients and as many for weights or sums, plus the rows of sync/rows.py.
+S (n-1)/n for gradients and as many for weights or sums, plus the rows of sync/rows.py. With a codec,
+(n-1) encoded_bytes(row) for each bucket's row, both ways.
 Memory: weights whole; optimizer state (and masters) 1/n of what one replica would hold; gradients
-until they have left, and then 1/n.
+until they have left, and then 1/n; of int4 (n-1)/n of the gradients for feedback.
 
 The first step is the whole-gradient one of sync/exact.py, watched to learn the order in which gradients
 become ready and weights are needed. `layout()` keeps it for a resume.
@@ -31,6 +37,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,7 +48,9 @@ from unisono.errors import UnisonoError
 from unisono.mesh import HOLDERS, Mesh
 from unisono.sync import early
 from unisono.sync.bucket import Layout, group_by_size
+from unisono.sync.codec import mix
 from unisono.sync.exact import Exact, refuse_second
+from unisono.sync.feedback import FEEDBACK, by_replica
 from unisono.sync.forward import Watch
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.parts import Parts
@@ -55,8 +64,10 @@ from unisono.sync.update import (
     clip_factor,
     global_norm,
     is_finite,
+    own_key,
     without_own,
 )
+from unisono.sync.wire import make_wires
 
 TABLE_BYTES = 1 << 20
 """Smaller embeddings travel as any other parameter: rows cost two more round trips."""
@@ -95,7 +106,7 @@ class Zero:
         slices: Slices | None = None,
         timeout_s: float = 600.0,
     ) -> None:
-        """`wire`: float32 or bfloat16. `tables`: large embeddings travel as in sync/rows.py, and
+        """`wire`: float32, bfloat16, int8 or int4. `tables`: large embeddings travel as in sync/rows.py, and
         their optimizer state is on every rank. `layout`: what `layout()` returned for the same model.
         `mesh`: whose `shard` is 1; by default all ranks are replicas.
         """
@@ -108,7 +119,7 @@ class Zero:
         self.bucket_bytes = int(bucket_mb * 2**20)
         self._factory = optimizer
         self._tables_whole = tables
-        self._wire = torch.bfloat16 if wire == "bfloat16" else None
+        self._wire = wire
         # Groups of their own: what is issued in one of them would wait behind the others' traffic.
         self._control = Group("control", ledger, timeout_s)
         holders = mesh.groups(*HOLDERS) if mesh else []
@@ -127,6 +138,9 @@ class Zero:
         self._hooks: list[Any] = []
         self._learned: dict[str, list[int]] = {}
         self._saved: Mapping[str, torch.Tensor] | None = None
+        self._saved_feedback: Mapping[str, torch.Tensor] = {}
+        self._updates = int((layout or {}).get("updates", 0))
+        """Since the beginning of the run: the seed of stochastic rounding."""
         self._clear()
         # The first step only: whole gradients, and what is seen of their order.
         self._first: Exact | None = None
@@ -159,9 +173,7 @@ class Zero:
 
     def _begin_step(self) -> None:
         for shard in self._shards:
-            kept = shard.total, shard.sums, shard.norm
-            shard.reset()
-            shard.total, shard.sums, shard.norm = kept  # for `update`
+            shard.begin()
         self._num_sent = self._num_summed = 0
         self._returns_sum: list[Shard] = []
         """Whole shards whose sum is on its way to all ranks, or waits for its turn."""
@@ -203,7 +215,7 @@ class Zero:
                 self._measure_rows(i, table)
             rows = self._announce_rows()
             if rows:
-                rows.send()
+                rows.send(self._updates)
             self._add_up(wait=True)
             for shard in self._shards:
                 if shard.whole:
@@ -232,6 +244,7 @@ class Zero:
         for shard in self._returns:
             shard.step(self._used_anywhere, factor, learning_rate)
             shard.send_weights(self._gathers)
+        self._updates += 1
         self._under_way = len(self._returns)
         for shard in self._shards:
             if shard.whole:
@@ -254,7 +267,7 @@ class Zero:
         for p in self.params:
             p.grad = None
         for shard in self._shards:
-            shard.reset()
+            shard.drop()
         for table in self._tables.values():
             table.lookups.clear()
         self._dense.clear()
@@ -298,6 +311,9 @@ class Zero:
             yield from self._saved.items()
         for key, value in self._state_of(self._shards):
             yield key, self.slices.whole(key, value)
+        for name, every in chain(self._saved_feedback.items(), self._feedback_of(self._shards)):
+            for replica, value in enumerate(every):
+                yield own_key(FEEDBACK, replica, name), value
 
     @torch.no_grad()
     def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -309,13 +325,27 @@ class Zero:
         for key, value in tensors.items():
             self._load(key, self.slices.part(key, value))
 
+    @torch.no_grad()
     def load_own_state(self, tensors: Mapping[str, torch.Tensor]) -> str:
-        """All state is every replica's."""
-        return without_own(tensors)
+        """Error feedback, where this wire has any."""
+        if self._wire not in ("int8", "int4") or (self._first and self._wire == "int8"):
+            return without_own(tensors)
+        feedback, *notes = by_replica(tensors, self.replicas)
+        if self._first:
+            self._saved_feedback = feedback
+            feedback = {}
+        lost = [n for n, v in feedback.items() if not self._load_feedback(n, v) and v.any()]
+        if lost:
+            notes.append(
+                f"left out error feedback of {len(lost)} parameters: {self._wire} has none"
+            )
+        return "; ".join(filter(None, notes))
 
     def layout(self) -> dict[str, Any]:
-        """What the first step learned, for a resume; empty before."""
-        return {k: list(v) for k, v in self._learned.items()}
+        """What the first step learned, for a resume, and how many updates there were; empty before."""
+        if not self._learned:
+            return {}
+        return {**{k: list(v) for k, v in self._learned.items()}, "updates": self._updates}
 
     @torch.no_grad()
     def rebucket(self, bucket_mb: float) -> None:
@@ -333,6 +363,8 @@ class Zero:
         self._start()
         for key, whole in self._state_of(old):
             self._load(key, whole)
+        for name, every in self._feedback_of(old):
+            self._load_feedback(name, every)
 
     def close(self) -> None:
         """Collective: the hooks go; weights are whole and stay where they are."""
@@ -466,7 +498,7 @@ class Zero:
             gradient = self.params[i].grad
             if gradient is not None:
                 self._pack(i, gradient)
-        shard.send(self._scatters)
+        shard.send(self._scatters, mix(self._updates, self._num_sent))
         self._num_sent += 1
 
     def _add_up(self, wait: bool) -> None:
@@ -587,10 +619,10 @@ class Zero:
         for group in groups:
             index, p = group[0]
             layout = Layout(group, self.replicas)
-            wire = self._wire if self._wire and p.dtype == torch.float32 else p.dtype
+            wires = make_wires(self._wire, p.dtype)
             own = [p for _, p in group]
             shard = Shard(
-                layout, own, self.rank, self._factory, wire, index in tables, self.bucket_bytes
+                layout, own, self.rank, self._factory, wires, index in tables, self.bucket_bytes
             )
             shard.sends_gradients = index not in tables or index in dense
             if shard.whole:
@@ -614,6 +646,9 @@ class Zero:
         if self._saved is not None:
             saved, self._saved = self._saved, None
             self.load_optimizer_state(saved)
+        feedback, self._saved_feedback = self._saved_feedback, {}
+        for name, every in feedback.items():
+            self._load_feedback(name, every)
 
     # --- optimizer state
 
@@ -664,3 +699,22 @@ class Zero:
         for name, value, part in zip(names, values, shard.layout.cut(whole), strict=True):
             if value is not None:
                 yield f"{key}.{name}", part
+
+    def _feedback_of(self, shards: list[Shard]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Collective: (parameter, [replicas, *shape]), what each replica has yet to send."""
+        for shard in shards:
+            if not shard.has_feedback:
+                continue
+            mine = shard.feedback()
+            every = mine.new_empty(self.replicas, len(mine))
+            self._gathers.all_gather(every, mine).wait()
+            by_parameter = zip(*(shard.layout.cut(row) for row in every), strict=True)
+            for i, values in zip(shard.layout.indices, by_parameter, strict=True):
+                yield self.names[i], torch.stack(values)
+
+    def _load_feedback(self, name: str, every: torch.Tensor) -> bool:
+        """Whether there is a place for it."""
+        shard, place = self._places[self._index[name]]
+        if shard.has_feedback:
+            shard.take_feedback(place, every.reshape(self.replicas, -1))
+        return shard.has_feedback

@@ -88,6 +88,8 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
         return f"{job.config.sync} sends in some steps and not in others, which is not foretold"
     if job.config.optim == "muon":
         return "what Muon costs is not known"
+    if job.config.sync == "powersgd":
+        return "powersgd is not foretold"
     plan, votes, world = job.plan, job.votes, job.world
     link = job.link
     if link is None and world.size > 1:
@@ -121,7 +123,7 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     lanes, lanes_from = _lanes(probe, link, holders, world.device, per_core)
     step = foretell(
         system, tensors, passes, lanes, holders,
-        wire_bytes=2 if job.config.wire == "bfloat16" else 4, bucket_bytes=plan.bucket_mb * 2**20,
+        wire_bytes=_wire_bytes(job.config.wire), bucket_bytes=plan.bucket_mb * 2**20,
         rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches, 0)) + Meter.TOLD,
     )  # fmt: skip
     step = replace(
@@ -163,9 +165,18 @@ def _shared_pass(job: Job) -> tuple[float, float]:
 
 def _system(job: Job) -> System:
     sync = job.config.sync
-    if sync == "exact":
+    if sync in ("exact", "quantized"):
         return "shards" if job.plan.shard_optimizer else "whole"
     return "sharded" if sync == "sharded" else "ddp"
+
+
+def _wire_bytes(wire: str) -> float:
+    """Of a value, blocks' scales shared among their values."""
+    if wire in ("int8", "int4"):
+        from unisono.sync.codec import BLOCK, make_codec
+
+        return make_codec(wire).encoded_bytes(BLOCK) / BLOCK
+    return 2 if wire == "bfloat16" else 4
 
 
 def _passes(
@@ -283,10 +294,11 @@ def _state_bytes(job: Job, tensors: Tensors, system: System) -> int:
     mesh = job.plan.mesh
     owners = {"whole": 1, "ddp": 1, "sharded": mesh.shard * mesh.context}.get(system, mesh.holders)
     own = 1 / owners
-    narrow = system == "shards" and job.config.wire == "bfloat16"
+    narrow = system == "shards" and job.config.wire != "float32"
     sharded = sum(tensors.sizes) + (0 if system == "shards" else tensors.table)
     whole = tensors.table if system == "shards" else 0
-    return int(4 * ((moments + narrow) * own * sharded + moments * whole))
+    feedback = (1 - own) * tensors.total if job.config.wire == "int4" else 0.0
+    return int(4 * ((moments + narrow) * own * sharded + moments * whole + feedback))
 
 
 # --- afterwards

@@ -5,6 +5,7 @@ rank. A failure on one rank is every rank's (train/together.py).
 """
 
 import importlib.util
+import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -48,6 +49,7 @@ from unisono.sync.digest import check_replicas, sha256_of_each
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.link import BUSY_S, Link, measure_link
 from unisono.sync.outer import Outer, default_rate, delta_codec
+from unisono.sync.powersgd import are_embeddings, travelling_values
 from unisono.sync.slices import Slices
 from unisono.sync.sparse import sparse_outer
 from unisono.sync.tensor import apply, divide
@@ -261,6 +263,9 @@ def set_up(
         row_tokens=_row_tokens(prepared) if config.wants_pairs else 0,
         divided=division.divided if division else Divided(),
         once=_kept(model) if config.sync == "sharded" else 0.0,
+        thin_values=travelling_values(
+            [p.shape for p in trained], are_embeddings(model, trained), config.powersgd.rank
+        ),
         attention=(attention.name, attention.reason),
         orthogonal=sum(p.numel() for p in for_muon(model)) if config.optim == "muon" else 0,
     )
@@ -274,7 +279,8 @@ def set_up(
     probe = attempt(votes, lambda: find_probe(config, world, screen.warn), world.is_main)
     link = _link(config, world, votes, probe)
     # A pass that communicates is not what one rank does alone.
-    if link and plan.shard_optimizer and config.shard_optimizer == "auto" and mesh.inner == 1:
+    could_be_whole = config.sync == "exact" and config.shard_optimizer == "auto"
+    if link and plan.shard_optimizer and could_be_whole and mesh.inner == 1:
         run_rows = partial(_pass, config, world, objective, model, train_blocks)
         timed = partial(seconds_of_pass, run_rows, plan.micro_batch_size, model, world.device)
         compute_s = attempt(votes, timed)
@@ -306,6 +312,7 @@ def set_up(
         shard=plan.shard_optimizer,
         wire=config.wire,
         tables=config.shard_optimizer is not True,
+        low_rank=(config.powersgd.rank, math.ceil(config.powersgd.start * plan.max_steps)),
         layout=found.meta.get("layout") if found else None,
         mesh=mesh,
         slices=slices,
@@ -562,7 +569,7 @@ def _link(config: Config, world: World, votes: Group, probe: Probe | None) -> Li
     """Collective: the measured link, where anything is decided by it: rank 0's probe, or a quick look."""
     # In strict mode the size of buckets changes nothing in the sums, but steps should be alike.
     alone = mesh_of(config, world.size).holders == 1
-    if config.sync != "exact" or alone or config.determinism == "strict":
+    if config.sync not in ("exact", "quantized") or alone or config.determinism == "strict":
         return None
     mine = link_of(probe, world.device) if probe else None
     table = votes.each(*((mine.latency_s, mine.bytes_per_s) if mine else (0.0, 0.0)))
