@@ -276,7 +276,7 @@ class Standing:
 
     status: str = "runs"
     reason: str | None = None
-    wire_value_bytes: int = 4
+    wire_value_bytes: float = 4
     formula_bytes: float = 0.0
     peak_bytes: list[int] = field(default_factory=list)
     """By rank, after set-up; `base_bytes` of it are the interpreter and imports."""
@@ -447,7 +447,8 @@ def summarise(bench: Bench, turns: dict[str, list[Turn]], wire_s: dict[int, floa
     systems = {}
     for name, done in turns.items():
         standing = bench.standings[name]
-        limits = [max(c, 1e3 * wire_s[standing.wire_value_bytes]) for c in ms.get("alone", [])]
+        on_wire_ms = 1e3 * wire_s[4] * standing.wire_value_bytes / 4
+        limits = [max(c, on_wire_ms) for c in ms.get("alone", [])]
         # `alone` sends nothing: it is its own limit.
         limits = ms["alone"] if name == "alone" else limits
         sent = statistics.median(statistics.mean(t.sent_bytes) for t in done)

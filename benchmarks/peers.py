@@ -92,7 +92,7 @@ def adamw(params: Any) -> torch.optim.AdamW:
 class System:
     """One way to train the job. As it stands: alone, the plain loop without communication."""
 
-    wire_value_bytes = 4
+    wire_value_bytes: float = 4
     """Of a gradient on its way."""
     passes = 2.0
     """Times S (n-1)/n that each rank must send: reduce-scatter and all-gather."""
@@ -316,7 +316,7 @@ class Unisono(System):
     again_at_each_rate = True
 
     def __init__(self, strategy: str, wire: str = "float32", bucket_mb: float | None = None, **more: Any):  # fmt: skip
-        self.wire_value_bytes = 2 if wire == "bfloat16" else 4
+        self.wire_value_bytes = {"bfloat16": 2, "int8": 1 + 4 / 256, "int4": 1 / 2 + 4 / 256}.get(wire, 4)  # fmt: skip
         self._wire = wire
         self._make = (strategy, {"wire": wire, **more})
         self._bucket_mb = bucket_mb

@@ -140,6 +140,25 @@ def test_what_a_gradient_loses_is_sent_later() -> None:
     assert run_ranks(pulled, 2, True)[0] > 0.5, "the control"
 
 
+def unused(world) -> bool:
+    """What no replica has a gradient of, in a step that others use: its state stays, and its weight."""
+    sync = thin(Net())
+    steps_of(world, sync, None, range(1, 2))  # `rare` is used
+    steps_of(world, sync, None, range(2, 3))
+    before, weight = own_state(sync), sync.model.rare.weight.detach().clone()
+    steps_of(world, sync, None, range(5, 7))  # ids of other steps; 5 and 6 do not use it
+    after = own_state(sync)
+    keys = [k for k in before if "rare.weight" in k]
+    assert len(keys) == world.size + 1 and before[keys[0]].any()
+    assert torch.equal(weight, sync.model.rare.weight)
+    assert not any(torch.equal(before[k], after[k]) for k in before if "a.weight" in k)
+    return all(torch.equal(before[k], after[k]) for k in keys)
+
+
+def test_what_nobody_uses_stays_as_it_was() -> None:
+    assert all(run_ranks(unused, 2))
+
+
 def own_state(sync: PowerSGD) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in sync.optimizer_state() if OWN in k}
 

@@ -543,7 +543,7 @@ def test_a_resume_goes_on_to_the_bit(size: int, first: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "state", ["feedback@1", "weight@1", "exp_avg@1", "outer_momentum@0", "arriving@0"]
+    "state", ["delta_feedback@1", "weight@1", "exp_avg@1", "outer_momentum@0", "arriving@0"]
 )
 def test_all_that_is_saved_matters(state: str) -> None:
     """The control: a run that goes on from anything else ends elsewhere."""

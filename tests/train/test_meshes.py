@@ -62,6 +62,23 @@ def assert_alike(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
     assert mine["mfu"]["model_flops_per_step"] == first["mfu"]["model_flops_per_step"]
 
 
+NARROW = {
+    "int8": {"sync": "quantized"},
+    "int4": {"sync": "quantized", "wire": "int4"},
+    "powersgd": {"sync": "powersgd", "powersgd": {"rank": 4, "start": 0.3}},
+}
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_codes_between_ranks_that_share_sequences(
+    kind: str, corpus: Path, tmp_path: Path, one: tuple[dict, dict]
+) -> None:
+    mesh = {"replica": 2, "context": 2}
+    found = trained(corpus, tmp_path / "run", 4, mesh=mesh, check_replicas_every=1, **NARROW[kind])
+    assert found[1]["losses"] == pytest.approx(one[1]["losses"], rel=1e-2)
+    assert found[1]["losses"] != one[1]["losses"]
+
+
 PAIRS = {
     "replica x shard": ("sharded", {"replica": 2, "shard": 2}),
     "replica x context": ("exact", {"replica": 2, "context": 2}),

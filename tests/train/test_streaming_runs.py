@@ -71,7 +71,8 @@ def test_killed_and_resumed_gives_the_same_bits(
 def test_resumed_elsewhere(place: Path, tmp_path: Path, whole: dict[str, Path]) -> None:
     """With one more replica, then alone, then as exact, and back."""
     told = []
-    parts = [(2, STREAM), (3, STREAM), (1, STREAM), (2, COMMON), (2, SPARSE)]
+    narrow = {**COMMON, "sync": "quantized", "wire": "int4"}
+    parts = [(2, STREAM), (3, STREAM), (1, STREAM), (2, COMMON), (2, SPARSE), (2, narrow), (2, STREAM)]  # fmt: skip
     for k, (size, changes) in enumerate(parts):
         ends = finish(place, tmp_path, size, **{**changes, "max_steps": 4 * (k + 1)})
         all_done(ends)
@@ -81,8 +82,11 @@ def test_resumed_elsewhere(place: Path, tmp_path: Path, whole: dict[str, Path]) 
     assert "has 3 replicas, now 1" in told[2][0]
     assert "left out what single replicas had of their own" in told[3][0]
     assert "no replica's own weights" in told[4][0]
+    # What is left of deltas is no error of gradients, nor the other way round.
+    assert "(delta_feedback, exp_avg, exp_avg_sq, step, weight)" in told[5][0]
+    assert "left out what single replicas had of their own (feedback)" in told[6][0]
     assert losses(tmp_path)[:12] == pytest.approx(losses(whole["exact"]), rel=0.06)
-    assert len(losses(tmp_path)) == 20
+    assert len(losses(tmp_path)) == 28
 
 
 def test_the_plan_says_how_and_its_bytes_are_exact(whole: dict[str, Path]) -> None:

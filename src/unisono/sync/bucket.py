@@ -19,11 +19,14 @@ ALIGN = 64
 class Layout:
     """Where the parameters of a bucket lie. Holds no memory."""
 
-    def __init__(self, params: Sequence[tuple[int, Parameter]], replicas: int) -> None:
-        """`params`: (index in the model's order, parameter)."""
+    def __init__(
+        self, params: Sequence[tuple[int, Parameter]], replicas: int, block: int = 1
+    ) -> None:
+        """`params`: (index in the model's order, parameter). `block`: values that parameters and rows
+        begin at a multiple of, besides ALIGN."""
         first = params[0][1]
         self.dtype, self.device, self.replicas = first.dtype, first.device, replicas
-        step = ALIGN // first.element_size()
+        step = max(ALIGN // first.element_size(), block)
         self.indices = [i for i, _ in params]
         self.shapes = [p.shape for _, p in params]
         self.offsets: list[int] = []

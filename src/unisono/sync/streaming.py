@@ -52,8 +52,9 @@ from unisono.sync.update import (
 )
 from unisono.sync.whole import Whole
 
-WEIGHT, FEEDBACK, VELOCITY, ARRIVING = "weight", "feedback", "outer_momentum", "arriving"
-"""States that only these strategies have: of each replica the first two, the same on all the others."""
+WEIGHT, FEEDBACK, VELOCITY, ARRIVING = "weight", "delta_feedback", "outer_momentum", "arriving"
+"""States that only these strategies have: of each replica the first two, the same on all the others. What is left
+of deltas is no one's who sends gradients."""
 STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
 """Of the inner optimizers. A replica that has never used a parameter has none of it."""
 
@@ -411,7 +412,8 @@ class Streaming(Whole):
                     self._follow(own, whole, self._outer.fragment_update_alpha)
 
     def _told(self, then: int, states: set[str]) -> str:
-        mine = {WEIGHT, FEEDBACK, VELOCITY, ARRIVING, *STATES}
+        kept = ((FEEDBACK, self._fragments[0].feedback), (VELOCITY, self._fragments[0].velocity))
+        mine = {WEIGHT, ARRIVING, *STATES, *(state for state, flat in kept if flat is not None)}
         left = sorted(states - mine)
         note = (
             f"; left out what single replicas had of their own ({', '.join(left)})" if left else ""
@@ -421,7 +423,7 @@ class Streaming(Whole):
         was = f"{then} replicas, now {self.replicas}" if then else "no replica's own weights"
         return (
             f"the checkpoint has {was}: each starts from the outer weights and the mean of the optimizer "
-            f"states{'; outer momentum is kept' if VELOCITY in states else ''}{note}"
+            f"states{'; outer momentum is kept' if VELOCITY in states & mine else ''}{note}"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from unisono.sync.codec import Codec, make_codec
+from unisono.sync.codec import BLOCK, Codec, make_codec
 from unisono.sync.tree import HALF
 
 
@@ -115,6 +115,8 @@ class Wires:
     """Gradients of lookups."""
     rounds: bool
     """Owners of weights have masters, which the replicas' copies follow."""
+    block: int = 1
+    """Values that share a scale: those of one parameter only, since others' may be much larger."""
     keeps_left: bool = False
     """What gradients lost on the way is added to the next step's, by who sent them."""
     keeps_left_of_sums: bool = False
@@ -141,6 +143,7 @@ def make_wires(name: str, dtype: torch.dtype) -> Wires:
         weights=Coded(make_codec(name, rotated=False)),
         rows=Coded(make_codec("int8", stochastic=True)),
         rounds=True,
+        block=BLOCK,
         keeps_left=narrow,
         keeps_left_of_sums=True,
     )

@@ -618,8 +618,8 @@ class Zero:
         places: dict[int, tuple[Shard, int]] = {}
         for group in groups:
             index, p = group[0]
-            layout = Layout(group, self.replicas)
             wires = make_wires(self._wire, p.dtype)
+            layout = Layout(group, self.replicas, wires.block)
             own = [p for _, p in group]
             shard = Shard(
                 layout, own, self.rank, self._factory, wires, index in tables, self.bucket_bytes
