@@ -379,6 +379,27 @@ class Unisono(System):
         return self.sync.ledger.sent_bytes
 
 
+class Local(Unisono):
+    """Ours, whose replicas step alone and agree every 30 steps: a time tells over whole rounds only."""
+
+    def __init__(self, strategy: str) -> None:
+        from unisono.sync.outer import Outer, delta_codec
+        from unisono.sync.sparse import sparse_outer
+
+        if strategy == "sparse":
+            self.outer = sparse_outer(sync_every=30, top_k=64, chunk=4096, feedback_decay=0.95, learning_rate=1.0)  # fmt: skip
+        else:
+            self.outer = Outer(
+                delta_codec("int4"), sync_every=30, num_fragments=5, fragment_sync_delay=1,
+                fragment_update_alpha=0.5, learning_rate=0.6, momentum=0.9, feedback_decay=0.95,
+            )  # fmt: skip
+        super().__init__(strategy, outer=self.outer)
+
+    def formula_bytes(self, gradient_values: int, ranks: int) -> float:
+        sizes = [p.numel() for p in self.module.parameters()]
+        return self.outer.sent_bytes(sizes, ranks) / self.outer.sync_every
+
+
 SYSTEMS: dict[str, Any] = {
     "alone": Alone,
     "ddp": DDP,
@@ -399,11 +420,14 @@ SYSTEMS: dict[str, Any] = {
     "quantized-int4": partial(Unisono, "quantized", wire="int4"),
     "powersgd": partial(Unisono, "powersgd", low_rank=(32, 0)),
     "sharded": partial(Unisono, "sharded"),
+    "streaming": partial(Local, "streaming"),
+    "sparse": partial(Local, "sparse"),
 }
 """Also with `@MB`, a bucket size: ddp, ddp-fp16, ddp-bf16 and ours."""
 GROUPS: dict[str, list[str]] = {
     "sweep": [f"ddp@{mb}" for mb in SWEEP_MB],
     "ours": ["exact", "exact-bf16", "sharded"],
+    "local": ["streaming", "sparse"],
     "narrow": ["quantized-int8", "quantized-int4", "powersgd"],
     "peers": [
         "ddp",

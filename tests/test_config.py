@@ -101,7 +101,7 @@ def test_names_from_elsewhere_say_what_to_write(name: str) -> None:
         ({"seed": 2**64}, "seed", str(2**64), "less than"),
         ({"threads": 0}, "threads", "0", "greater than or equal to 1"),
         ({"bf16": "maybe"}, "bf16", "'maybe'", "valid boolean"),
-        ({"optim": "adam"}, "optim", "'adam'", "'adamw' or 'sgd'"),
+        ({"optim": "adam"}, "optim", "'adam'", "'adamw', 'sgd' or 'muon'"),
         ({"sync": "zero"}, "sync", "'zero'", "'exact'"),
         ({"determinism": True}, "determinism", "True", "not be a yes or no"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type", "'cosin'", "'cosine'"),

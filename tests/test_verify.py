@@ -82,6 +82,33 @@ def test_it_holds(place: Path, monkeypatch: pytest.MonkeyPatch, sync: str) -> No
     assert 0 < verdict.rows[1].parameter_difference < 1e-5
 
 
+LOCAL = ["sync=streaming", "streaming.sync_every=2", "streaming.num_fragments=1", "streaming.fragment_sync_delay=0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", [LOCAL, ["sync=sparse", "sparse.sync_every=2"]])
+def test_of_replicas_that_step_alone_samples_and_outer_weights_must_be_equal(
+    place: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+) -> None:
+    verdict = verdict_of(place, monkeypatch, [1, 3], overrides=overrides, steps=3)
+    assert verdict.holds and verdict.local
+    assert all(r.samples_identical for r in verdict.rows)
+    assert verdict.rows[1].parameter_difference > verdict.parameter_bound, "and is not judged"
+
+
+def outer_weights_differ(world) -> None:
+    from unisono.sync.streaming import Streaming
+
+    original = Streaming._move
+    Streaming._move = lambda self, outer, velocity, mean: original(
+        self, outer, velocity, mean + 1e-7 * world.rank
+    )
+
+
+def test_outer_weights_that_differ_are_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="replicas differ after step 3"):
+        verdict_of(place, monkeypatch, [3], outer_weights_differ, LOCAL, steps=3)
+
+
 def test_it_holds_on_meshes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meshes = [Mesh(replica=2, tensor=2), Mesh(context=2)]
     verdict = verdict_of(place, monkeypatch, [1], meshes=meshes)

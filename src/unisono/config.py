@@ -228,6 +228,68 @@ class ContextConfig(_Section):
     """usp: so many neighbours trade tokens for heads, and keys go around between such groups."""
 
 
+class StreamingConfig(_Section):
+    """Local steps, and outer weights on which replicas agree every so many (DiLoCo, streaming)."""
+
+    sync_every: int = Field(30, ge=1)
+    """Steps (H) from one synchronization of a parameter to its next."""
+    num_fragments: int = Field(5, ge=1)
+    """Parts of the model that take turns, every sync_every / num_fragments steps one of them."""
+    fragment_sync_delay: int = Field(1, ge=0)
+    """Steps (tau) that a fragment may take to arrive, while training goes on; 0 waits for it."""
+    fragment_update_alpha: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
+    """What stays of a replica's own weights when the outer ones arrive. `auto`: 0.5 with a delay, else 0."""
+    outer_learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """`auto`: by the number of replicas and sync_every; 1 without outer_momentum, the replicas' mean."""
+    outer_momentum: float = Field(0.9, ge=0, lt=1)
+    """Nesterov's; 0 averages (local SGD, FedAvg)."""
+    feedback_decay: float = Field(0.95, ge=0, le=1)
+    """wire int8 and int4: of what rounding has left out so much is added to the next delta."""
+
+    @model_validator(mode="after")
+    def _turns_fit(self) -> Self:
+        every, parts = self.sync_every, self.num_fragments
+        if every % parts:
+            fits = [p for p in range(1, every + 1) if every % p == 0]
+            raise ValueError(
+                f"sync_every: found {every}, which is no multiple of num_fragments {parts}; write "
+                f"num_fragments: {max(p for p in fits if p <= parts)}"
+            )
+        if self.fragment_sync_delay and self.fragment_sync_delay >= every // parts:
+            raise ValueError(
+                f"fragment_sync_delay: found {self.fragment_sync_delay}, but the next fragment leaves "
+                f"after {every // parts} steps (sync_every / num_fragments); write less"
+            )
+        return self
+
+    @property
+    def alpha(self) -> float:
+        """What stays of a replica's own weights."""
+        if self.fragment_update_alpha == "auto":
+            return 0.5 if self.fragment_sync_delay else 0.0
+        return self.fragment_update_alpha
+
+
+class SparseConfig(_Section):
+    """Local steps, and the largest changes of each replica every so many (SparseLoCo)."""
+
+    sync_every: int = Field(30, ge=1)
+    """Steps (H) from one synchronization to the next."""
+    top_k: int = Field(64, ge=4, multiple_of=4)
+    """Of each chunk, so many values are sent, 14 bits each."""
+    chunk: int = Field(4096, ge=16, le=4096)
+    """Values of which top_k are sent."""
+    feedback_decay: float = Field(0.95, ge=0, le=1)
+    """What is not sent is kept, times this, for the next time."""
+    outer_learning_rate: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _few_of_many(self) -> Self:
+        if self.top_k > self.chunk:
+            raise ValueError(f"top_k: found {self.top_k}, more than chunk {self.chunk}; write less")
+        return self
+
+
 KEPT_ATTENTION = "unisono_attention"
 """In a saved model's configuration (of adapters in theirs): the AttentionConfig that it was trained with."""
 
@@ -265,8 +327,10 @@ class AttentionConfig(_Section):
         return self
 
 
-NARROW_WIRE = {"quantized": "int8"}
+NARROW_WIRE = {"quantized": "int8", "streaming": "int4"}
 """Strategies that send codes, and which by default."""
+WHOLE_MATRICES = ("exact", "ddp", "reference", "streaming", "sparse")
+"""Strategies whose optimizer sees them."""
 
 
 class Config(_Section):
@@ -305,7 +369,8 @@ class Config(_Section):
     num_train_epochs: float = Field(1.0, gt=0)
 
     # --- optimizer and schedule
-    optim: Literal["adamw", "sgd"] = "adamw"
+    optim: Literal["adamw", "sgd", "muon"] = "adamw"
+    """`muon`: matrices by Muon, at a rate matched to AdamW's; embeddings, head and vectors by AdamW."""
     learning_rate: float = Field(5e-5, gt=0)
     """Peak rate. With `base_batch_size` it is the rate for that batch and is scaled from there."""
     base_batch_size: int | None = Field(None, ge=1)
@@ -317,7 +382,7 @@ class Config(_Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
-    """SGD only."""
+    """SGD; Muon's is 0.95."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the global gradient norm; 0 clips nothing."""
     lr_scheduler_type: Literal[
@@ -353,17 +418,24 @@ class Config(_Section):
     threads: int | None = Field(None, ge=1)
     """CPU threads of one replica; by default the cores divided among the local replicas, and 1 in
     strict mode, because the number of threads changes the order of sums."""
-    sync: Literal["exact", "sharded", "ddp", "reference", "quantized", "powersgd"] = "exact"
+    sync: Literal[
+        "exact", "sharded", "ddp", "reference", "quantized", "powersgd", "streaming", "sparse",
+    ] = "exact"  # fmt: skip
     """`exact`: a whole model on every replica. `sharded`: FSDP2, for models that do not fit. `ddp`:
     PyTorch's. `reference`: the naive definition of correct, for tests. For slow links, no longer equal to
-    one process: `quantized` sends 1 byte or half a byte a value, `powersgd` low-rank gradients."""
+    one process: `quantized` sends 1 byte or half a byte a value, `powersgd` low-rank gradients; with
+    `streaming` replicas step alone and agree every so many steps, with `sparse` on the largest changes."""
+    streaming: StreamingConfig = Field(default_factory=lambda: StreamingConfig.model_validate({}))
+    """For sync: streaming, for example {sync_every: 10}."""
+    sparse: SparseConfig = Field(default_factory=lambda: SparseConfig.model_validate({}))
+    """For sync: sparse."""
     shard_optimizer: Literal["auto"] | bool = "auto"
     """exact: each replica keeps 1/n of the optimizer state and steps that part of the weights, which
     return during the next forward pass. `auto`: yes, except for large embeddings (their sums return
     during the backward pass, which hides more), few bytes, strict mode, or one replica."""
     wire: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     """What travels; sums and master weights stay float32. exact: float32, or bfloat16, which halves the
-    bytes. quantized: int8 (by default) or int4."""
+    bytes. quantized: int8 (by default) or int4. streaming: of deltas, by default int4."""
     powersgd: PowerSGDConfig = Field(default_factory=lambda: PowerSGDConfig())
     """powersgd: how thin, and from when on."""
     mesh: MeshConfig | None = None
@@ -402,6 +474,17 @@ class Config(_Section):
     sample_prompt: str | None = None
     """Generate from this at the end and show it."""
     sample_tokens: int = Field(120, ge=1)
+
+    @model_validator(mode="after")
+    def _whole_matrices_for_muon(self) -> Self:
+        divided = self.sync not in WHOLE_MATRICES or self.shard_optimizer is True
+        if self.optim == "muon" and divided:
+            what = "shard_optimizer: true" if self.shard_optimizer is True else f"sync: {self.sync}"
+            raise ValueError(
+                f"optim: found muon with {what}, but Muon steps whole matrices; write sync: exact with "
+                f"shard_optimizer: false, or sync: streaming or sparse"
+            )
+        return self
 
     @field_validator("model")
     @classmethod
@@ -635,6 +718,8 @@ _ALL_FIELDS = {
         PowerSGDConfig,
         ContextConfig,
         AttentionConfig,
+        StreamingConfig,
+        SparseConfig,
     )
     for name in s.model_fields
 }

@@ -17,12 +17,27 @@ from unisono.train.scaling import Hyper, scale, warmup_steps
 from unisono.world import World
 
 DEFAULT_BUCKET_MB = 4.0
+LOCAL = ("streaming", "sparse")
+"""Strategies whose replicas step alone."""
 SHARD_BYTES = 16 << 20
 """Gradients of fewer bytes are not worth a second trip: on loopback with 5.7 MB two replicas take 1.22
 of DDP's time with shards and 0.98 with one all-reduce a bucket."""
 STRICT_REPLICAS = 8
 """Strict mode cuts the global batch into a multiple of this many micro-batches, whatever the number
 of replicas, so that up to this many (any power of two) hold whole subtrees of one and the same sum."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Of strategies whose replicas step alone and agree every so many steps (sync/outer.py)."""
+
+    every: int
+    sent_bytes: int
+    """By each rank from one synchronization of everything to the next."""
+    state_bytes: int
+    """On each rank, beside its own weights, gradients and optimizer."""
+    shown: tuple[str, str]
+    """How, and at which outer rate for what reason."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,10 @@ class Facts:
     """What sync/powersgd.py sends of `trainable` gradients in a step."""
     hides_whole: bool = False
     """Measured here: whole gradients travel in a small part of a step's compute, and memory is ample."""
+    rounds: Rounds | None = None
+    """With sync: streaming and sparse."""
+    orthogonal: int = 0
+    """Trained values that Muon steps, with one moment each instead of AdamW's two."""
 
     def off_rank(self, mesh: Mesh) -> int:
         """Values that other tensor ranks have, and this one has not."""
@@ -144,6 +163,11 @@ def make_plan(config: Config, world: World, facts: Facts, micro_batch: int) -> P
     reasons["sent_bytes_per_step"] = f"{facts.trainable / 1e6:.2f} M gradients, {config.sync}" + (
         f", {config.wire} on the wire" if config.wire != "float32" else ""
     )
+    if facts.rounds:
+        every, sent_mb = facts.rounds.every, facts.rounds.sent_bytes / 1e6
+        what = "the largest changes" if config.sync == "sparse" else f"deltas in {config.wire}"
+        reasons["sent_bytes_per_step"] = f"{what}, {sent_mb:.2f} MB in {every} steps"
+        reasons["outer"] = ": ".join(facts.rounds.shown)
     if facts.attention:
         reasons["attention"] = ": ".join(facts.attention)
     return Plan(
@@ -199,6 +223,11 @@ def _micro_batches(config: Config, mesh: Mesh, micro_batch: int, reasons: dict[s
             f"replicas: found {n}; determinism: strict needs a power of two "
             f"(a fixed binary tree is cut at whole subtrees)"
         ).on_every_rank()
+    if config.sync in LOCAL:
+        raise ConfigError(
+            f"sync: found {config.sync}, whose replicas step alone, with determinism: strict, which gives "
+            f"the same bits at any number of replicas; write determinism: default, or sync: exact"
+        ).on_every_rank()
     if config.sync not in ("exact", "reference"):
         raise ConfigError(
             f"sync: found {config.sync}; its order of sums depends on the number of replicas, so "
@@ -238,6 +267,15 @@ def mesh_of(config: Config, n: int) -> Mesh:
 
 def _refuse_on_mesh(config: Config, asked: MeshConfig) -> None:
     """ConfigError for axes that a strategy, or strict mode, does not have."""
+    if isinstance(asked.shard, int) and asked.shard > 1 and config.sync in LOCAL:
+        raise ConfigError(
+            f"mesh.shard: found {asked.shard} with sync: {config.sync}, each of whose replicas is one rank so "
+            f"far; leave shard out"
+        ).on_every_rank()
+    if config.optim == "muon" and asked.tensor > 1:
+        raise ConfigError(
+            f"mesh.tensor: found {asked.tensor} with optim: muon, which steps whole matrices; leave tensor out"
+        ).on_every_rank()
     if isinstance(asked.shard, int) and asked.shard > 1 and config.sync != "sharded":
         raise ConfigError(
             f"mesh.shard: found {asked.shard} with sync: {config.sync}, which keeps the weights whole; "
@@ -247,7 +285,7 @@ def _refuse_on_mesh(config: Config, asked: MeshConfig) -> None:
         if size == 1:
             continue
         narrow = config.sync in ("quantized", "powersgd") and axis == "tensor"
-        if config.sync in ("ddp", "reference") or narrow:
+        if config.sync in ("ddp", "reference", *LOCAL) or narrow:
             raise ConfigError(
                 f"mesh.{axis}: found {size} with sync: {config.sync}, which knows no such axis; write "
                 f"sync: exact or sharded, or leave {axis} out"
@@ -265,13 +303,16 @@ def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, st
     asked = config.shard_optimizer
     if config.sync == "quantized":
         return _quantized(config, n, reasons)
-    if config.wire in ("int8", "int4"):
+    deltas = config.sync == "streaming"  # have a wire of their own
+    if config.wire in ("int8", "int4") and not deltas:
         raise ConfigError(
             f"wire: found {config.wire} with sync: {config.sync}, which sends float32 or bfloat16; write "
             f"sync: quantized"
         ).on_every_rank()
-    if config.wire != "float32" and (config.sync != "exact" or strict or asked is False):
-        with_ = "determinism: strict" if strict else "shard_optimizer: false"
+    muon = config.optim == "muon"
+    whole = config.sync != "exact" or strict or asked is False or muon
+    if config.wire != "float32" and whole and not deltas:
+        with_ = "determinism: strict" if strict else "optim: muon" if muon else "shard_optimizer: false"  # fmt: skip
         if config.sync != "exact":
             with_ = f"sync: {config.sync}"
         raise ConfigError(
@@ -285,8 +326,9 @@ def _shard_optimizer(config: Config, facts: Facts, n: int, reasons: dict[str, st
         ).on_every_rank()
     few = facts.gradient_bytes < SHARD_BYTES and config.wire == "float32" and asked == "auto"
     fast = facts.hides_whole and config.wire == "float32" and asked == "auto"
-    if strict or n == 1 or few or fast or asked is False or config.sync != "exact":
+    if strict or n == 1 or few or fast or asked is False or config.sync != "exact" or muon:
         why = "few bytes" if few else "as given" if asked is False else "alone" if n == 1 else ""
+        why = "muon steps whole matrices" if muon else why
         why = why or ("fast link" if fast else config.sync)
         reasons["shard_optimizer"] = "strict" if strict else why
         return False
@@ -314,6 +356,8 @@ def _sent_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -> 
     """Gradients and weights that each rank sends in a step; formulas in the strategies' files."""
     n = mesh.holders
     size = facts.gradient_bytes - facts.off_rank(mesh) * _width(facts)
+    if facts.rounds:
+        return facts.rounds.sent_bytes // facts.rounds.every
     if config.sync == "reference":
         return size * (n - 1) * accumulation
     if config.sync == "quantized":
@@ -347,9 +391,13 @@ def _across_bytes(config: Config, facts: Facts, mesh: Mesh, accumulation: int) -
 
 def _memory_bytes(config: Config, facts: Facts, mesh: Mesh, shard: bool) -> int:
     """Weights, gradients, optimizer state and received pieces on each rank."""
-    moments = {"adamw": 2, "sgd": int(config.momentum > 0)}[config.optim]
+    moments = {"adamw": 2, "sgd": int(config.momentum > 0), "muon": 2}[config.optim]
     size = facts.gradient_bytes - facts.off_rank(mesh) * _width(facts)
     weights = 4 * (facts.parameters - facts.off_rank(mesh)) - facts.spared_bytes
+    if config.optim == "muon":
+        weights -= 4 * facts.orthogonal  # one moment less
+    if facts.rounds:
+        return weights + size * (1 + moments) + facts.rounds.state_bytes
     if config.sync == "sharded":
         return (weights + size * (1 + moments)) // (mesh.shard * mesh.context)
     n = mesh.holders
@@ -399,6 +447,11 @@ def _sync(plan: Plan, config: Config) -> str:
     return config.sync + (", optimizer on shards" if plan.shard_optimizer else "")
 
 
+def _outer_row(facts: Facts) -> list[tuple[str, str, str]]:
+    """How replicas that step alone come together."""
+    return [("outer", *facts.rounds.shown)] if facts.rounds else []
+
+
 def _mesh_row(plan: Plan) -> list[tuple[str, str, str]]:
     """Where ranks share more than gradients."""
     if plan.mesh.shard * plan.mesh.inner == 1:
@@ -434,7 +487,8 @@ def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tup
     threads = f", {count} each" if world.device == "cpu" else ""
     h = plan.hyper
     optimizer = f"lr {h.learning_rate:.4g}, weight decay {h.weight_decay:.3g}"
-    if config.optim == "adamw":
+    if config.optim != "sgd":
+        optimizer = ("muon, " if config.optim == "muon" else "") + optimizer
         optimizer += f", betas {h.beta1:.3g} {h.beta2:.4g}"
     return [
         ("model", f"{facts.parameters / 1e6:.2f} M parameters", f"{facts.trainable / 1e6:.2f} M trained"),
@@ -461,6 +515,7 @@ def describe(plan: Plan, config: Config, world: World, facts: Facts) -> list[tup
             f"{plan.sent_bytes_per_step / 1e6:.2f} MB a step and rank",
             plan.reasons["sent_bytes_per_step"],
         ),
+        *_outer_row(facts),
         *_buckets(plan),
         ("memory", f"{plan.model_bytes / 1e6:.1f} MB a replica", "without activations"),
         (

@@ -1,5 +1,6 @@
 """The ladder: what rungs cost, and which one is taken."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_slower_link_keeps_no_rung_busier(name: str) -> None:
         next(r for r in ladder(situation(rate)) if r.name == name).utilization
         for rate in (40e9, 2.5e9, 5e8, 2e8, 1e8)
     ]
-    assert all(b <= a + 1e-9 for a, b in zip(found, found[1:], strict=False)), found
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(found)), found
     assert 0 < found[-1] <= found[0] <= 1
 
 

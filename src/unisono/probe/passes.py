@@ -68,7 +68,7 @@ def own(config: Config, world: World, votes: Group) -> Own:
         job = set_up(plain, world, Quiet(), Stop(), Ledger(), votes)
         batch = job.train_blocks.read(job.feed.samples(0, votes.rank * job.plan.accumulation))
     job.sync.close()
-    factory = optimizer_factory(config, job.plan.hyper)
+    factory = optimizer_factory(config, job.plan.hyper, job.model)
     params = [p for p in job.model.parameters() if p.requires_grad]
     kind = config.model if isinstance(config.model, str) else str(config.model["model_type"])
     return Own(

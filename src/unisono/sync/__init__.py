@@ -17,6 +17,7 @@ from unisono.mesh import Mesh
 from unisono.sync.ddp import DDP
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.outer import Outer
 from unisono.sync.parts import Parts
 from unisono.sync.powersgd import PowerSGD
 from unisono.sync.reference import Reference
@@ -129,13 +130,15 @@ def make_strategy(
     layout: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     slices: Slices | None = None,
+    outer: Outer | None = None,
     timeout_s: float = 600.0,
 ) -> Strategy:
     """Collective: the strategy of that name.
 
     `optimizer`: without one there is no `update` (a loop of one's own has its own). `leaves`: as in
     Exact, None unless strict. `shard`, `wire`, `tables`, `layout`: as in Zero. `low_rank`: (rank, first
-    step), as in PowerSGD. `mesh`: by default all ranks are replicas, or shard (sharded). `slices`: what `tensor.apply` returned for this model.
+    step), as in PowerSGD. `mesh`: by default all ranks are replicas, or shard (sharded). `slices`: what
+    `tensor.apply` returned for this model. `outer`: of streaming and sparse.
     """
     if name == "reference":
         return Reference(model, ledger, optimizer=optimizer, timeout_s=timeout_s)
@@ -148,6 +151,11 @@ def make_strategy(
         return Sharded(
             model, ledger, optimizer=optimizer, mesh=mesh, slices=slices, timeout_s=timeout_s
         )
+    if name in ("streaming", "sparse"):
+        from unisono.sync.streaming import Streaming
+
+        assert optimizer is not None and outer is not None
+        return Streaming(model, ledger, optimizer=optimizer, outer=outer, timeout_s=timeout_s)
     if name == "powersgd":
         assert optimizer is not None
         return PowerSGD(

@@ -6,6 +6,7 @@ compared with the whole one's. Which parts exist by themselves depends on the st
     rank          what all of this rank's micro-batches added: in buckets, rows or FSDP's units
     micro-batch   each of them, where a fixed tree sums them (strict mode, `reference`)
     half          the first half of the micro-batches, for a replica that is alone
+    none          where no rank has the whole batch's gradient to compare with (streaming, sparse)
 
 Contract: what is measured is what leaves, before it is rounded for the wire; nothing is changed.
 Cost: one pass over a rank's gradients, in measured steps only; otherwise a comparison a gradient.
@@ -21,13 +22,13 @@ import torch
 class Parts:
     """The parts of one step on this rank."""
 
-    def __init__(self, kind: Literal["rank", "micro-batch", "half"]) -> None:
+    def __init__(self, kind: Literal["rank", "micro-batch", "half", "none"]) -> None:
         self.kind = kind
         self.begin(measure=False)
 
     def begin(self, measure: bool) -> None:
         """A step begins. Unless `measure`, all that follows does nothing."""
-        self.measuring = measure
+        self.measuring = measure and self.kind != "none"
         self._norms: list[tuple[float, torch.Tensor]] = []
         self._done: list[list[tuple[float, torch.Tensor]]] = []
         self._spent_s = 0.0

@@ -21,6 +21,7 @@ from unisono.forecast.replay import Foretold, Passes, System, Tensors, foretell
 from unisono.observe.environment import peak_memory_bytes
 from unisono.observe.noise import Meter
 from unisono.observe.receipt import Receipt
+from unisono.plan import LOCAL
 from unisono.probe.rates import memory_bytes_per_s
 from unisono.sync.link import measure_link
 from unisono.sync.zero import TABLE_BYTES, TABLE_SHARE
@@ -77,6 +78,10 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     """
     if job.online:
         return "how long completions will be is not known"
+    if job.config.sync in LOCAL:
+        return f"{job.config.sync} sends in some steps and not in others, which is not foretold"
+    if job.config.optim == "muon":
+        return "what Muon costs is not known"
     if job.config.sync == "powersgd":
         return "powersgd is not foretold"
     plan, votes, world = job.plan, job.votes, job.world

@@ -34,13 +34,23 @@ from unisono.model.load import load_model
 from unisono.observe.flops import Flops, count
 from unisono.observe.noise import Meter
 from unisono.observe.screen import Screen
-from unisono.plan import Facts, Plan, describe, largest_micro_batch, make_plan, mesh_of
+from unisono.plan import (
+    Facts,
+    Plan,
+    Rounds,
+    describe,
+    largest_micro_batch,
+    make_plan,
+    mesh_of,
+)
 from unisono.sync import Strategy, broadcast_model, make_strategy
 from unisono.sync.digest import check_replicas, sha256_of_each
 from unisono.sync.ledger import Group, Ledger
 from unisono.sync.link import BUSY_S, Link, measure_link
+from unisono.sync.outer import Outer, default_rate, delta_codec
 from unisono.sync.powersgd import are_embeddings, travelling_values
 from unisono.sync.slices import Slices
+from unisono.sync.sparse import sparse_outer
 from unisono.sync.tensor import apply, divide
 from unisono.train import checkpoint, tuning
 from unisono.train.context import Parts, asked_attention, make_parts, with_context
@@ -52,7 +62,7 @@ from unisono.train.reference import reference_of, with_reference
 from unisono.train.refuse import refuse
 from unisono.train.reward import reward
 from unisono.train.reward_funcs import load_rewards
-from unisono.train.state import load_optimizer, optimizer_factory
+from unisono.train.state import for_muon, load_optimizer, optimizer_factory
 from unisono.train.step import Feed
 from unisono.train.stopping import Stop
 from unisono.train.together import attempt
@@ -257,7 +267,10 @@ def set_up(
         ),
         attention=(attention.name, attention.reason),
         spared_bytes=quantize.spared_bytes(model) if quantize.told(model) else 0,
+        orthogonal=sum(p.numel() for p in for_muon(model)) if config.optim == "muon" else 0,
     )
+    outer, rounds = _rounds(config, mesh, [p.numel() for p in trained], screen)
+    facts = replace(facts, rounds=rounds)
     strict = config.determinism == "strict"
     largest = largest_micro_batch(config, world)
     given = config.micro_batch_size
@@ -293,7 +306,7 @@ def set_up(
         config.sync,
         model,
         ledger,
-        optimizer=optimizer_factory(config, plan.hyper),
+        optimizer=optimizer_factory(config, plan.hyper, model),
         bucket_mb=plan.bucket_mb,
         leaves=plan.accumulation if strict else None,
         shard=plan.shard_optimizer,
@@ -303,6 +316,12 @@ def set_up(
         layout=found.meta.get("layout") if found else None,
         mesh=mesh,
         slices=slices,
+        outer=outer
+        and replace(
+            outer,
+            first_step=found.meta["progress"]["step"] if found else 0,
+            last_step=plan.max_steps,
+        ),
         timeout_s=config.timeout_s,
     )
     job = Job(
@@ -349,6 +368,60 @@ def _kept(model: torch.nn.Module) -> float:
 
     blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(model)]
     return 1 - sum(blocks[:-1]) / sum(p.numel() for p in model.parameters())
+
+
+def _rounds(
+    config: Config, mesh: Mesh, sizes: list[int], screen: Screen
+) -> tuple[Outer | None, Rounds | None]:
+    """How replicas that step alone come together, and what the plan says of it; `sizes`: of what is trained."""
+    if config.sync == "sparse":
+        outer = sparse_outer(
+            sync_every=config.sparse.sync_every,
+            top_k=config.sparse.top_k,
+            chunk=config.sparse.chunk,
+            feedback_decay=config.sparse.feedback_decay,
+            learning_rate=config.sparse.outer_learning_rate,
+        )
+        how = (
+            f"every {outer.sync_every} steps, {config.sparse.top_k} of {config.sparse.chunk} values"
+        )
+        why = f"as given, feedback {outer.feedback_decay:g}"
+    elif config.sync == "streaming":
+        asked, replicas = config.streaming, mesh.replica
+        decay = asked.feedback_decay if config.wire in ("int8", "int4") else 0.0
+        rate, why = default_rate(replicas, asked.sync_every, asked.outer_momentum)
+        if asked.outer_learning_rate != "auto":
+            rate, why = asked.outer_learning_rate, "as given"
+        outer = Outer(
+            codec=delta_codec(config.wire, feedback=decay > 0),
+            sync_every=asked.sync_every,
+            num_fragments=asked.num_fragments,
+            fragment_sync_delay=asked.fragment_sync_delay,
+            fragment_update_alpha=asked.alpha,
+            learning_rate=rate,
+            momentum=asked.outer_momentum,
+            feedback_decay=decay,
+        )
+        if asked.sync_every == 1 and asked.outer_momentum and replicas > 1:
+            screen.warn(
+                "streaming.sync_every: found 1 with outer_momentum, which is momentum twice, and the worst of "
+                "all sync_every (arXiv:2503.09799); write outer_momentum: 0, or sync: exact"
+            )
+        parts, delay = outer.num_fragments, outer.fragment_sync_delay
+        how = f"every {outer.sync_every} steps" + (
+            f", {parts} fragments in turn" if parts > 1 else ""
+        )
+        how += f", {delay} step{'s' if delay > 1 else ''} on the way" if delay else ""
+        why = f"Nesterov {outer.momentum:g}, {why}" if outer.momentum else why
+    else:
+        return None, None
+    rounds = Rounds(
+        outer.sync_every,
+        outer.sent_bytes(sizes, mesh.replica),
+        4 * outer.state_values(sizes),
+        (how, f"outer rate {outer.learning_rate:g}: {why}"),
+    )
+    return outer, rounds
 
 
 def _tensor_group(mesh: Mesh, ledger: Ledger, timeout_s: float) -> Group:

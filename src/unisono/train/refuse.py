@@ -7,6 +7,7 @@ section can say of itself alone is refused where it is read (config.py).
 from unisono.config import AttentionConfig, Config
 from unisono.errors import ConfigError
 from unisono.mesh import Mesh
+from unisono.plan import LOCAL
 
 
 def refuse(config: Config, mesh: Mesh) -> None:
@@ -46,6 +47,11 @@ def _grpo(config: Config, mesh: Mesh) -> None:
             raise ConfigError(
                 f"{name}: found with grpo; a run has one objective: leave one of them out"
             ).on_every_rank()
+    if config.sync in LOCAL:
+        raise ConfigError(
+            f"sync: found {config.sync} with grpo; completions must be drawn from the weights that learn from "
+            f"them, and all replicas' outer weights are others: write sync: exact"
+        ).on_every_rank()
     apart = [a for a in ("shard", "context", "tensor") if getattr(mesh, a) > 1]
     if config.sync == "sharded" or apart:
         what = "sync: found sharded" if config.sync == "sharded" else f"mesh.{apart[0]}: found {getattr(mesh, apart[0])}"  # fmt: skip

@@ -10,13 +10,14 @@ import shutil
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import Parameter
 
 from unisono.config import Config
-from unisono.errors import CheckpointError
+from unisono.errors import CheckpointError, ConfigError
 from unisono.files import fsync_file, fsync_folder
 from unisono.model import adapter
 from unisono.sync import Strategy
@@ -37,8 +38,57 @@ HEADS = ("config.json", adapter.CONFIG)
 Weights = dict[str, torch.Tensor]
 
 
-def optimizer_factory(config: Config, hyper: Hyper) -> OptimizerFactory:
-    """torch's fused optimizer; as in Hugging Face's Trainer, vectors (norms, biases) do not decay."""
+class Several(torch.optim.Optimizer):
+    """Optimizers of different parameters as one, which share groups and state."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        super().__init__([g for o in optimizers for g in o.param_groups], {})
+        self.param_groups = [g for o in optimizers for g in o.param_groups]
+        self._optimizers = optimizers
+        for optimizer in optimizers:
+            optimizer.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Each steps its own."""
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+
+def for_muon(model: nn.Module) -> list[Parameter]:
+    """What Muon steps: trained matrices that are no embeddings and no output layer."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    heads = [output(), getattr(model, "score", None)]
+    others = {id(p) for m in (*tables, *heads) if m is not None for p in m.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in others]  # fmt: skip
+
+
+def optimizer_factory(
+    config: Config, hyper: Hyper, model: nn.Module | None = None
+) -> OptimizerFactory:
+    """torch's fused optimizer; as in Hugging Face's Trainer, vectors (norms, biases) do not decay.
+
+    With `optim: muon` whole parameters of `model` must be handed in. Its step is made as long as AdamW's
+    (0.2 sqrt(max(rows, columns)), Liu et al. 2025, arXiv:2502.16982), so that one learning rate is for both.
+    """
+    if config.optim == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(
+                f"optim: found muon, which needs torch 2.9, found {torch.__version__}; write adamw"
+            ).on_every_rank()
+        assert model is not None
+        orthogonal = {id(p) for p in for_muon(model)}
+    else:
+        orthogonal = set()
+
+    def make_muon(matrices: list[Parameter], vectors: list[Parameter]) -> torch.optim.Optimizer:
+        muon = torch.optim.Muon(
+            [p for p in matrices if id(p) in orthogonal],
+            lr=hyper.learning_rate,
+            weight_decay=hyper.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        return Several(muon, make([p for p in matrices if id(p) not in orthogonal], vectors))
 
     def make(matrices: list[Parameter], vectors: list[Parameter]) -> torch.optim.Optimizer:
         groups = [
@@ -58,7 +108,7 @@ def optimizer_factory(config: Config, hyper: Hyper) -> OptimizerFactory:
             fused=True,
         )
 
-    return make
+    return make_muon if orthogonal else make
 
 
 def save_model(
