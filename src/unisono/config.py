@@ -49,6 +49,16 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _share(value: Any) -> Any:
+    """0.5% is 0.005."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            raise ValueError("write a share such as 0.5% or 0.005") from None
+    return value
+
+
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 
@@ -419,12 +429,15 @@ class Config(_Section):
     """CPU threads of one replica; by default the cores divided among the local replicas, and 1 in
     strict mode, because the number of threads changes the order of sums."""
     sync: Literal[
-        "exact", "sharded", "ddp", "reference", "quantized", "powersgd", "streaming", "sparse",
+        "exact", "sharded", "ddp", "reference", "quantized", "powersgd", "streaming", "sparse", "auto",
     ] = "exact"  # fmt: skip
     """`exact`: a whole model on every replica. `sharded`: FSDP2, for models that do not fit. `ddp`:
     PyTorch's. `reference`: the naive definition of correct, for tests. For slow links, no longer equal to
     one process: `quantized` sends 1 byte or half a byte a value, `powersgd` low-rank gradients; with
-    `streaming` replicas step alone and agree every so many steps, with `sparse` on the largest changes."""
+    `streaming` replicas step alone and agree every so many steps, with `sparse` on the largest changes. `auto`: of exact, quantized, streaming
+    and sparse the first that the measured link lets be 95% busy within `loss_budget`."""
+    loss_budget: Annotated[float, BeforeValidator(_share), Field(ge=0, lt=1)] = 0.005
+    """sync: auto: how much the loss may be above that of exact synchronization, for example 0.5% or 0.005."""
     streaming: StreamingConfig = Field(default_factory=lambda: StreamingConfig.model_validate({}))
     """For sync: streaming, for example {sync_every: 10}."""
     sparse: SparseConfig = Field(default_factory=lambda: SparseConfig.model_validate({}))

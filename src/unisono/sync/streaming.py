@@ -211,6 +211,19 @@ class Streaming(Whole):
         if self._encoded:
             self._encoded.close()
 
+    @torch.no_grad()
+    def come_together(self) -> None:
+        """Collective, between steps: what is under way arrives, and all replicas take the mean of their own
+        weights, which becomes the outer ones. Outer momentum stays."""
+        self._show_own()
+        with self.ledger.clock("communication"):
+            for k, f in enumerate(self._fragments):
+                if f.arriving is not None:
+                    self._apply(f)
+                f.arriving = self._leave(f, mix(self._step, k))
+            for f in self._fragments:
+                self._apply(f, averaged=True, alpha=0.0)
+
     # --- rounds
 
     def _look(self, _: Parameter) -> None:

@@ -6,6 +6,7 @@ rank. A failure on one rank is every rank's (train/together.py).
 
 import importlib.util
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -53,6 +54,7 @@ from unisono.sync.slices import Slices
 from unisono.sync.sparse import sparse_outer
 from unisono.sync.tensor import apply, divide
 from unisono.train import checkpoint, tuning
+from unisono.train.auto import Climber, begin
 from unisono.train.context import Parts, asked_attention, make_parts, with_context
 from unisono.train.known import find_probe, link_of
 from unisono.train.objective import Measured, Objective, causal_lm, target_tokens
@@ -136,6 +138,12 @@ class Job:
     """Finds the size of buckets on the first steps; None where it is given."""
     noise: Meter = field(default_factory=Meter)
     """Gradient noise scale, since the start of this process."""
+    facts: Facts | None = None
+    slices: Slices = field(default_factory=Slices)
+    asked: Config | None = None
+    """With `sync: auto`, where `config` has what it has become."""
+    climber: Climber | None = None
+    """Follows the link, with `sync: auto`."""
 
     @property
     def feed(self) -> Feed:
@@ -252,6 +260,15 @@ def set_up(
         screen.say(f"tensor: {division.note}", "dim")
 
     trained = [p for p in model.parameters() if p.requires_grad]
+    asked, climber, link = config, None, None
+    if config.sync == "auto":
+        gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
+        rung = found.meta.get("rung") if found else None
+        run_rows = partial(_pass, config, world, objective, model, train_blocks)
+        config, climber = begin(
+            config, world, mesh, model, train_blocks, gradient_bytes, run_rows, votes, screen, rung
+        )
+        link = climber.link if climber else None
     facts = Facts(
         parameters=sum(quantize.values(p) for p in model.parameters()),
         trainable=sum(p.numel() for p in trained),
@@ -269,7 +286,7 @@ def set_up(
         spared_bytes=quantize.spared_bytes(model) if quantize.told(model) else 0,
         orthogonal=sum(p.numel() for p in for_muon(model)) if config.optim == "muon" else 0,
     )
-    outer, rounds = _rounds(config, mesh, [p.numel() for p in trained], screen)
+    outer, rounds = rounds_of(config, mesh, [p.numel() for p in trained], screen)
     facts = replace(facts, rounds=rounds)
     strict = config.determinism == "strict"
     largest = largest_micro_batch(config, world)
@@ -277,7 +294,7 @@ def set_up(
     rows = given if isinstance(given, int) else min(8, -(-config.global_batch_size // 8))
     plan = make_plan(config, world, facts, min(rows, largest))
     probe = attempt(votes, lambda: find_probe(config, world, screen.warn), world.is_main)
-    link = _link(config, world, votes, probe)
+    link = _link(config, world, votes, probe, link)
     # A pass that communicates is not what one rank does alone.
     could_be_whole = config.sync == "exact" and config.shard_optimizer == "auto"
     if link and plan.shard_optimizer and could_be_whole and mesh.inner == 1:
@@ -302,31 +319,20 @@ def set_up(
         slices = apply(model, division, _tensor_group(mesh, ledger, config.timeout_s))
         if whole:
             model.to(world.device)
-    sync = make_strategy(
-        config.sync,
+    sync = strategy_of(
+        config,
+        plan,
         model,
         ledger,
-        optimizer=optimizer_factory(config, plan.hyper, model),
-        bucket_mb=plan.bucket_mb,
-        leaves=plan.accumulation if strict else None,
-        shard=plan.shard_optimizer,
-        wire=config.wire,
-        tables=config.shard_optimizer is not True,
-        low_rank=(config.powersgd.rank, math.ceil(config.powersgd.start * plan.max_steps)),
+        slices,
+        outer,
         layout=found.meta.get("layout") if found else None,
-        mesh=mesh,
-        slices=slices,
-        outer=outer
-        and replace(
-            outer,
-            first_step=found.meta["progress"]["step"] if found else 0,
-            last_step=plan.max_steps,
-        ),
-        timeout_s=config.timeout_s,
+        first_step=found.meta["progress"]["step"] if found else 0,
     )
     job = Job(
         config, world, run, screen, stop, ledger, votes, tokenizer, model, prepared,
         train_blocks, eval_blocks, Order(len(train_blocks), config.seed), objective, sync, plan, flops, online, parts, link=link, probe=probe, tuner=tuner,
+        facts=facts, slices=slices, asked=asked, climber=climber,
     )  # fmt: skip
     if found and strict:
         _check_same_bits(found, plan, config)
@@ -346,6 +352,37 @@ def set_up(
     screen.plan(describe(job.plan, config, world, facts))
     attempt(votes, lambda: _write_plan(job), world.is_main)
     return job
+
+
+def strategy_of(
+    config: Config,
+    plan: Plan,
+    model: "PreTrainedModel",
+    ledger: Ledger,
+    slices: Slices,
+    outer: Outer | None,
+    *,
+    layout: Mapping[str, Any] | None,
+    first_step: int,
+) -> Strategy:
+    """Collective: what `config` and `plan` say; `layout` as an earlier one has learned it."""
+    return make_strategy(
+        config.sync,
+        model,
+        ledger,
+        optimizer=optimizer_factory(config, plan.hyper, model),
+        bucket_mb=plan.bucket_mb,
+        leaves=plan.accumulation if config.determinism == "strict" else None,
+        shard=plan.shard_optimizer,
+        wire=config.wire,
+        tables=config.shard_optimizer is not True,
+        low_rank=(config.powersgd.rank, math.ceil(config.powersgd.start * plan.max_steps)),
+        layout=layout,
+        mesh=plan.mesh,
+        slices=slices,
+        outer=outer and replace(outer, first_step=first_step, last_step=plan.max_steps),
+        timeout_s=config.timeout_s,
+    )
 
 
 def make_objective(config: Config) -> Objective:
@@ -370,7 +407,7 @@ def _kept(model: torch.nn.Module) -> float:
     return 1 - sum(blocks[:-1]) / sum(p.numel() for p in model.parameters())
 
 
-def _rounds(
+def rounds_of(
     config: Config, mesh: Mesh, sizes: list[int], screen: Screen
 ) -> tuple[Outer | None, Rounds | None]:
     """How replicas that step alone come together, and what the plan says of it; `sizes`: of what is trained."""
@@ -506,12 +543,17 @@ def _share_adapters(model: torch.nn.Module, votes: Group) -> None:
         ).on_every_rank() from None
 
 
-def _link(config: Config, world: World, votes: Group, probe: Probe | None) -> Link | None:
-    """Collective: the measured link, where anything is decided by it: rank 0's probe, or a quick look."""
+def _link(
+    config: Config, world: World, votes: Group, probe: Probe | None, seen: Link | None
+) -> Link | None:
+    """Collective: the measured link, where anything is decided by it: as `seen` already, rank 0's probe, or a
+    quick look."""
     # In strict mode the size of buckets changes nothing in the sums, but steps should be alike.
     alone = mesh_of(config, world.size).holders == 1
     if config.sync not in ("exact", "quantized") or alone or config.determinism == "strict":
         return None
+    if seen:
+        return seen
     mine = link_of(probe, world.device) if probe else None
     table = votes.each(*((mine.latency_s, mine.bytes_per_s) if mine else (0.0, 0.0)))
     latency_s, rate = table[0].tolist()

@@ -43,9 +43,11 @@ from unisono.observe.watch import watched
 from unisono.sync.digest import check_replicas
 from unisono.sync.exact import Exact
 from unisono.sync.ledger import Group, Ledger
+from unisono.sync.link import measure_link
 from unisono.sync.zero import Zero
 from unisono.train import batch_advice, checkpoint, foretell, tuning
 from unisono.train.advance import Advanced, advance
+from unisono.train.auto import Climber
 from unisono.train.evaluation import evaluate
 from unisono.train.job import (
     TUNED,
@@ -60,6 +62,7 @@ from unisono.train.online import Online, evaluate_prompts
 from unisono.train.recompute import time_recomputation
 from unisono.train.state import Weights, exhaust, publish_model, save_state
 from unisono.train.stopping import watching
+from unisono.train.switch import switch
 from unisono.train.together import attempt
 from unisono.train.trial import Baseline, measure_baseline
 from unisono.world import World, cache_folder, joined
@@ -149,6 +152,8 @@ def take_steps(job: Job) -> Receipt:
         log.step(advanced, step_s, tokens, final=last or stopping)
         if job.tuner and not job.tuner.done:
             _tune(job, log, advanced)
+        elif job.climber and not last and not stopping:
+            _climb(job, job.climber, log, advanced)
         better = False
         if (step % plan.eval_steps == 0 or last) and len(job.eval_blocks) and not stopping:
             with clock("evaluation"):
@@ -433,6 +438,34 @@ def _tune(job: Job, log: Log, advanced: Advanced) -> None:
             tuning.remember(cache_folder() / TUNED, tuner)
 
 
+def _climb(job: Job, climber: Climber, log: Log, advanced: Advanced) -> None:
+    """Collective when it is time: look at the link, and go on with what it asks for now."""
+    if not climber.due(advanced.outcome.step_s):
+        return
+    with job.ledger.clock("communication"):
+        job.sync.settle()
+        seen = measure_link(job.votes, job.world.device)
+        assert seen is not None
+        rung = climber.look(seen)
+        if rung is None:
+            return
+        # Once more: what was seen may have been a moment.
+        again = measure_link(job.votes, job.world.device)
+        assert again is not None
+        rung = climber.look(max(seen, again, key=lambda link: link.bytes_per_s))
+        if rung is None:
+            return
+        assert climber.rung is not None
+        before = climber.rung.name
+        switch(job, rung)
+    line = (
+        f"step {job.progress.step}: the link has {climber.link.bytes_per_s * 8 / 1e9:.3g} Gbit/s now: "
+        f"{rung.name} instead of {before}, {climber.why}"
+    )
+    job.screen.warn(line)
+    log.write(event=line)
+
+
 def _evaluate(job: Job, log: Log) -> bool:
     """Collective: loss on the held-out split; returns whether it is the best so far."""
     config, progress = job.config, job.progress
@@ -507,6 +540,7 @@ def _save(job: Job, log: Log) -> None:
             "mesh": str(job.plan.mesh),
             "micro_batches": job.plan.micro_batches,
             "layout": job.sync.layout(),
+            "rung": job.climber.rung.name if job.climber and job.climber.rung else None,
             "bucket_mb": (job.tuner.kept_mb, job.tuner.done) if job.tuner else None,
             "threads": torch.get_num_threads(),
             "versions": {"unisono": __version__, "torch": torch.__version__},
