@@ -4,7 +4,8 @@ Starts hosts as network namespaces (network.py), one rank pinned to a core of ea
 (peers.py) under every system: ours, and its peers in their documented best practice. Every system
 keeps its ranks for the whole run, asleep while another has its turn; a repeat gives each system one
 turn of a few steps at the present rate, so that noise of the machine meets all alike. All figures are
-ratios within a repeat, then medians over repeats.
+ratios within a repeat, then medians over repeats; a turn's is the median of its steps, of systems that send in
+some steps only the mean over whole rounds.
 
 The limit of a step is the larger of compute (the system `alone`: the same loop without communication,
 on all hosts at once; the slowest host of each step) and wire (what each rank must send, 2 S (n-1)/n
@@ -264,10 +265,12 @@ class Turn:
     """A step, as the system itself says."""
     busy_otherwise: float
     """Share of this machine's time that went to processes which are not of this turn."""
+    rounds: bool = False
+    """Steps are not alike: they send in some of a round only, so that their mean counts."""
 
     @property
-    def median_ms(self) -> float:
-        return statistics.median(self.step_ms)
+    def typical_ms(self) -> float:
+        return (statistics.mean if self.rounds else statistics.median)(self.step_ms)
 
 
 @dataclass
@@ -357,7 +360,8 @@ class Bench:
 
     def turn(self, name: str, steps: int, timeout_s: float) -> Turn | None:
         """One system's turn; None when it fails, which ends it for this run."""
-        warm_up = 1
+        warm_up, one_round = 1, make_system(name).round_steps
+        steps = -(-steps // one_round) * one_round
         before = self.network.counters()
         pids = [w.process.pid for w in self.teams[name].workers]
         began, busy_before = time.perf_counter(), busy_s() - cpu_s(pids)
@@ -381,6 +385,7 @@ class Bench:
             received_bytes=[(b[1] - a[1]) / (warm_up + steps) for a, b in zip(before, after)],
             counted_bytes=None if counted is None else counted / (warm_up + steps),
             busy_otherwise=busy_otherwise / (wall_s * (os.cpu_count() or 1)),
+            rounds=one_round > 1,
         )
 
 
@@ -419,7 +424,7 @@ def run_rate(bench: Bench, label: str, rate: float | None, repeats: int, steps: 
             done = bench.turn(name, steps, timeout_s)
             if done is not None:
                 turns[name].append(done)
-        shown = (f"{n} {turns[n][-1].median_ms:.0f}" for n in bench.teams)
+        shown = (f"{n} {turns[n][-1].typical_ms:.0f}" for n in bench.teams)
         console.print(
             f"{label}, repeat {repeat + 1}, {steps} steps, ms:", ", ".join(shown), soft_wrap=True
         )
@@ -438,7 +443,7 @@ def run_rate(bench: Bench, label: str, rate: float | None, repeats: int, steps: 
 
 def summarise(bench: Bench, turns: dict[str, list[Turn]], wire_s: dict[int, float]) -> dict:
     """Ratios within each repeat, medians over them."""
-    ms = {name: [t.median_ms for t in done] for name, done in turns.items()}
+    ms = {name: [t.typical_ms for t in done] for name, done in turns.items()}
     medians = {name: statistics.median(values) for name, values in ms.items()}
     sweep = [n for n in ms if n == "ddp" or n.startswith("ddp@")]
     best_ddp = min(sweep, key=medians.__getitem__, default=None)

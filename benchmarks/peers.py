@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -93,6 +94,8 @@ class System:
     """One way to train the job. As it stands: alone, the plain loop without communication."""
 
     wire_value_bytes: float = 4
+    round_steps: int = 1
+    """After so many steps what is sent repeats itself."""
     """Of a gradient on its way."""
     passes = 2.0
     """Times S (n-1)/n that each rank must send: reduce-scatter and all-gather."""
@@ -380,24 +383,73 @@ class Unisono(System):
 
 
 class Local(Unisono):
-    """Ours, whose replicas step alone and agree every 30 steps: a time tells over whole rounds only."""
+    """Ours, whose replicas step alone and agree every so many steps."""
 
-    def __init__(self, strategy: str) -> None:
+    def __init__(self, strategy: str, every: int = 30) -> None:
         from unisono.sync.outer import Outer, delta_codec
         from unisono.sync.sparse import sparse_outer
 
         if strategy == "sparse":
-            self.outer = sparse_outer(sync_every=30, top_k=64, chunk=4096, feedback_decay=0.95, learning_rate=1.0)  # fmt: skip
+            self.outer = sparse_outer(sync_every=every, top_k=64, chunk=4096, feedback_decay=0.95, learning_rate=1.0)  # fmt: skip
         else:
             self.outer = Outer(
-                delta_codec("int4"), sync_every=30, num_fragments=5, fragment_sync_delay=1,
+                delta_codec("int4"), sync_every=every, num_fragments=5, fragment_sync_delay=1,
                 fragment_update_alpha=0.5, learning_rate=0.6, momentum=0.9, feedback_decay=0.95,
             )  # fmt: skip
+        self.round_steps = every // self.outer.num_fragments
         super().__init__(strategy, outer=self.outer)
 
     def formula_bytes(self, gradient_values: int, ranks: int) -> float:
         sizes = [p.numel() for p in self.module.parameters()]
         return self.outer.sent_bytes(sizes, ranks) / self.outer.sync_every
+
+
+class Auto(Unisono):
+    """Ours, on the rung that `sync: auto` takes on this link within a loss budget."""
+
+    round_steps = 6
+    """Of a rung that sends every 2nd or 6th step."""
+
+    def __init__(self, loss_budget: float) -> None:
+        super().__init__("exact")
+        self._budget = loss_budget
+
+    def set_up(self, model: LlamaForCausalLM, job: Job) -> None:
+        from unisono.forecast.ladder import choose, ladder, table
+        from unisono.sync.ledger import Group, Ledger
+        from unisono.sync.link import measure_link
+        from unisono.train.auto import situation_of
+
+        votes = Group("auto", Ledger(), 300.0)
+        link = measure_link(votes, "cpu")
+        assert link is not None
+        pass_s = self._seconds_alone(model, job, votes.rank) / job.accumulation
+        total = sum(p.numel() * p.element_size() for p in model.parameters())
+        step_s = float(votes.each(pass_s * job.accumulation).min())
+        ids = np.concatenate([np.asarray(x).reshape(-1) for x, _ in job.batches(votes.rank, 0)])
+        situation = situation_of(
+            model, link, votes, pass_s, accumulation=job.accumulation, rows=len(np.unique(ids)),
+            whole=link.hides_whole(total, votes.size, step_s),
+        )  # fmt: skip
+        rungs = ladder(situation)
+        rung, why = choose(rungs, self._budget)
+        for row in table(rungs, rung):
+            print(*row, flush=True)  # into the log of this rank
+        print(rung.name, why, flush=True)
+        self.chosen, way = rung.name, rung.way
+        if way.every > 1:
+            self._inner: Unisono = Local(str(way.settings["sync"]), way.every)
+        elif way.wire in ("int8", "int4"):
+            self._inner = Unisono("quantized", wire=way.wire)
+        else:
+            self._inner = Unisono(
+                "exact", wire=way.wire, shard=not situation.whole or way.wire != "float32"
+            )
+        self._inner.set_up(model, job)
+        self.module, self.sync = model, self._inner.sync
+
+    def formula_bytes(self, gradient_values: int, ranks: int) -> float:
+        return self._inner.formula_bytes(gradient_values, ranks)
 
 
 SYSTEMS: dict[str, Any] = {
@@ -421,13 +473,17 @@ SYSTEMS: dict[str, Any] = {
     "powersgd": partial(Unisono, "powersgd", low_rank=(32, 0)),
     "sharded": partial(Unisono, "sharded"),
     "streaming": partial(Local, "streaming"),
+    "streaming-10": partial(Local, "streaming", 10),
+    "auto": partial(Auto, 0.005),
+    "auto-1%": partial(Auto, 0.01),
     "sparse": partial(Local, "sparse"),
 }
 """Also with `@MB`, a bucket size: ddp, ddp-fp16, ddp-bf16 and ours."""
 GROUPS: dict[str, list[str]] = {
     "sweep": [f"ddp@{mb}" for mb in SWEEP_MB],
     "ours": ["exact", "exact-bf16", "sharded"],
-    "local": ["streaming", "sparse"],
+    "local": ["streaming-10", "streaming", "sparse"],
+    "auto": ["auto", "auto-1%"],
     "narrow": ["quantized-int8", "quantized-int4", "powersgd"],
     "peers": [
         "ddp",

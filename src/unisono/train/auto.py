@@ -46,6 +46,8 @@ from unisono.train.trial import seconds_of_pass
 from unisono.world import World, cores
 
 CODECS = ("int8", "int4")
+QUICK_BYTES = 16 << 20
+"""To see how fast memory is."""
 SAMPLE = 1 << 20
 """Values that are coded to time it."""
 LOOK_SHARE = 0.005
@@ -84,10 +86,11 @@ def begin(
     whole = gradient_bytes < SHARD_BYTES or link.hides_whole(
         gradient_bytes, world.size, float(votes.each(pass_s * accumulation).min())
     )
-    situation = _situation(
-        config, world, model, blocks, link, votes, pass_s, accumulation, micro_batch, whole
-    )
     per_core = max(1.0, world.local_size * (world.threads or 1) / cores())
+    situation = situation_of(
+        model, link, votes, pass_s, accumulation=accumulation, rows=_rows_of(blocks, accumulation * micro_batch),
+        whole=whole, device=world.device, per_core=per_core,
+    )  # fmt: skip
     climber = Climber(
         situation,
         config.loss_budget,
@@ -127,29 +130,26 @@ def show(climber: "Climber", screen: Screen) -> None:
         screen.say(advice, "dim")
 
 
-def _situation(
-    config: Config, world: World, model: torch.nn.Module, blocks: Any, link: Link,
-    votes: Group, pass_s: float, accumulation: int, micro_batch: int, whole: bool,
+def situation_of(
+    model: torch.nn.Module, link: Link, votes: Group, pass_s: float, *, accumulation: int, rows: int,
+    whole: bool, device: str = "cpu", per_core: float = 1.0,
 ) -> Situation:  # fmt: skip
-    """Collective: what rungs are foretold from; `pass_s`: of a micro-batch on this rank."""
+    """Collective: what rungs are foretold from. `pass_s`: of a micro-batch on this rank; `rows`: different
+    tokens of its step; `whole`: exact would send whole gradients; `per_core`: ranks that share a core."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    width = int(embedding.shape[-1])
-    rate = memory_bytes_per_s(world.device, 16 << 20)
-    rows = _rows_of(blocks, accumulation * micro_batch)
-    timed = [_codec_s(name, world.device) for name in CODECS]
-    table = votes.each(pass_s, rate, float(rows), *timed)
+    rate = memory_bytes_per_s(device, QUICK_BYTES)
+    table = votes.each(pass_s, rate, float(rows), *(_codec_s(name, device) for name in CODECS))
     pass_s, rate, *_ = table.mean(dim=0).tolist()
-    _, _, rows, *worst = table.amax(dim=0).tolist()
+    _, _, most, *worst = table.amax(dim=0).tolist()
     tensors = tensors_of(model)
-    per_core = max(1.0, world.local_size * (world.threads or 1) / cores())
     return Situation(
         tensors,
-        quick_passes(pass_s, accumulation, tensors.total, config.optim, rate, world.size),
-        lanes_on(None, link, world.size, world.device, per_core)[0],
-        world.size,
+        quick_passes(pass_s, accumulation, tensors.total, "adamw", rate, votes.size),
+        lanes_on(None, link, votes.size, device, per_core)[0],
+        votes.size,
         link.bucket_mb(4 * tensors.total) * 2**20,
-        int(rows),
-        width,
+        int(most),
+        int(embedding.shape[-1]),
         whole,
         {name: s * tensors.total / SAMPLE for name, s in zip(CODECS, worst, strict=True)},
     )
