@@ -54,13 +54,15 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "int8": {"sync": "quantized", "wire": "int8"},
     "int4": {"sync": "quantized", "wire": "int4"},
     "powersgd": {"sync": "powersgd"},
-    "streaming-10": streaming(sync_every=12, num_fragments=4),
-    "streaming-30": streaming(sync_every=30, num_fragments=3),
-    "streaming-100": streaming(sync_every=100, num_fragments=4),
+    "streaming-10": streaming(sync_every=10),
+    "streaming-30": streaming(sync_every=30),
+    "streaming-100": streaming(sync_every=100),
+    "average-10": streaming(sync_every=10, outer_momentum=0, outer_learning_rate=1),
+    "average-30": streaming(sync_every=30, outer_momentum=0, outer_learning_rate=1),
     "diloco-30": streaming(sync_every=30, num_fragments=1, fragment_sync_delay=0),
     "sparse-30": {"sync": "sparse"},
 }
-"""Overrides of each. int4 without rotation or feedback is benchmarks/codec.py's."""
+"""Overrides of each. `average` is streaming without outer momentum."""
 
 
 def texts(name: str, folder: Path) -> dict[str, Any]:
