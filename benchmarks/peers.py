@@ -341,7 +341,9 @@ class Unisono(System):
         if options.get("shard") == "auto":  # as `shard_optimizer: auto` decides
             step_s = float(group.each(self._seconds_alone(model, job, group.rank)).min())
             options["shard"] = not link.hides_whole(total, group.size, step_s)
-        options["bucket_mb"] = self._bucket_mb or link.bucket_mb(total)  # as `auto` begins
+        options["bucket_mb"] = self._bucket_mb or link.bucket_mb(
+            total, self.wire_value_bytes
+        )  # as `auto` begins
         self.sync = make_strategy(
             strategy, model, Ledger(), optimizer=optimizer, timeout_s=300.0, **options
         )

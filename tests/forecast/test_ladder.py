@@ -27,7 +27,8 @@ def situation(bits_per_s: float, ranks: int = 2) -> Situation:
     passes = Passes(0.32, 0.63, 0.03, pack_s=0.015, pack_narrow_s=0.012)
     lane = Lane(3e-4, bits_per_s / 8, 0.97)
     lanes = dict.fromkeys(FACTOR, lane)
-    return Situation(TENSORS, passes, lanes, ranks, 2e6, 900, 384, codec_s={"int8": 0.01, "int4": 0.02})  # fmt: skip
+    buckets = {"float32": 2e6, "bfloat16": 4e6, "int8": 6e6, "int4": 8e6}
+    return Situation(TENSORS, passes, lanes, ranks, buckets, 900, 384, codec_s={"int8": 0.01, "int4": 0.02})  # fmt: skip
 
 
 def test_rungs_are_in_the_order_of_their_loss_within_each_kind() -> None:
@@ -73,7 +74,7 @@ def test_bytes_are_those_of_the_formulas() -> None:
     assert by_name["exact"] == pytest.approx(4 * values + 4 * rows, rel=0.01)
     assert by_name["quantized, int8"] == pytest.approx(1.016 * values + rows, rel=0.01)
     assert by_name["streaming, every 30"] == pytest.approx(4.125 / 8 * values / 30, rel=0.01)
-    assert by_name["sparse, every 30"] == pytest.approx(0.21875 / 8 * values / 30, rel=0.01)
+    assert by_name["sparse, every 30"] == pytest.approx(116 / 4096 * values / 30, rel=0.01)
     eight = {r.name: r.sent_bytes for r in ladder(situation(1e9, ranks=8))}
     assert eight["streaming, every 30"] == pytest.approx(4.125 / 8 * values / 30 * 2 * 7 / 8, rel=0.01)  # fmt: skip
 

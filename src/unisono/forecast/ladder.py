@@ -11,15 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from unisono.codes import wire_bytes_of
 from unisono.forecast import penalty
 from unisono.forecast.overlap import Lane, Segment, Transfer, play
 from unisono.forecast.replay import Passes, System, Tensors, foretell
 
 TARGET = 0.95
-BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.125, "int4": 4.125}
-"""On the wire, of a value with its share of the scales."""
-SPARSE_BITS = 0.21875
-"""sync/topk.py: 64 of 4,096 values with 12 bits of place and 2 of value."""
+SPARSE_BYTES = 116 / 4096
+"""sync/topk.py: 64 of 4,096 values with 12 bits of place and 2 of value, and two levels in bfloat16."""
+BUCKET_S = 3e-3
+"""What a bucket costs that is rounded or encoded, beside its values (sync/link.py, NARROW_BUSY_S)."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,15 @@ class Situation:
     passes: Passes
     lanes: Mapping[str, Lane]
     ranks: int
-    bucket_bytes: float
-    """As the link would have them for float32."""
+    bucket_bytes: Mapping[str, float]
+    """By wire, as the link would have them."""
     rows: int = 0
     width: int = 0
     whole: bool = False
     """exact in float32 would send whole gradients (sync/exact.py)."""
     codec_s: Mapping[str, float] = field(default_factory=dict)
     """By wire: to encode and to decode as many values as the model has."""
+    on_cpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,15 @@ def _rung(situation: Situation, way: Way) -> Rung:
         cost *= penalty.SPARSE if way.wire == "sparse" else 1.0
     else:
         system: System = "whole" if s.whole and way.wire == "float32" else "shards"
-        narrow = BITS[way.wire] / 8
+        bucket_bytes = s.bucket_bytes[way.wire]
         found = foretell(
             system, s.tensors, p, s.lanes, s.ranks,
-            wire_bytes=narrow, bucket_bytes=s.bucket_bytes, rows=s.rows, width=s.width,
+            wire_bytes=wire_bytes_of(way.wire), bucket_bytes=bucket_bytes, rows=s.rows, width=s.width,
             codec_s=s.codec_s.get(way.wire, 0.0),
         )  # fmt: skip
         step_s, sent = found.total, found.sent_bytes
+        if way.wire != "float32" and s.on_cpu:
+            step_s += BUCKET_S * math.ceil(4 * s.tensors.total / bucket_bytes)
         cost = penalty.of_rounding(way.wire)
     return Rung(way, step_s, min(1.0, alone_s / step_s), cost, sent)
 
@@ -151,8 +155,8 @@ def _outer(s: Situation, way: Way) -> tuple[float, float]:
     """
     p, n = s.passes, s.ranks
     step_s = p.accumulation * (p.forward_s + p.backward_s) + p.optimizer_s + p.waiting_s
-    bits = SPARSE_BITS if way.wire == "sparse" else BITS[way.wire]
-    payload = s.tensors.total / way.fragments * bits / 8
+    width = SPARSE_BYTES if way.wire == "sparse" else wire_bytes_of(way.wire)
+    payload = s.tensors.total / way.fragments * width
     # Two ranks exchange, more reduce-scatter and gather; a sparse one is gathered.
     sent = payload * (n - 1) if n == 2 or way.wire == "sparse" else 2 * payload * (n - 1) / n
     lane = s.lanes["all_gather"]

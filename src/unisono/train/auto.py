@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from unisono.codes import wire_bytes_of
 from unisono.config import Config
 from unisono.data.prompts import Prompts
 from unisono.forecast.ladder import (
@@ -46,6 +47,7 @@ from unisono.train.trial import seconds_of_pass
 from unisono.world import World, cores
 
 CODECS = ("int8", "int4")
+WIRES = ("float32", "bfloat16", *CODECS)
 QUICK_BYTES = 16 << 20
 """To see how fast memory is."""
 SAMPLE = 1 << 20
@@ -147,12 +149,18 @@ def situation_of(
         quick_passes(pass_s, accumulation, tensors.total, "adamw", rate, votes.size),
         lanes_on(None, link, votes.size, device, per_core)[0],
         votes.size,
-        link.bucket_mb(4 * tensors.total) * 2**20,
+        _buckets(link, tensors.total),
         int(most),
         int(embedding.shape[-1]),
         whole,
         {name: s * tensors.total / SAMPLE for name, s in zip(CODECS, worst, strict=True)},
+        device == "cpu",
     )
+
+
+def _buckets(link: Link, values: int) -> dict[str, float]:
+    """Bytes of a bucket, by wire."""
+    return {wire: link.bucket_mb(4 * values, wire_bytes_of(wire)) * 2**20 for wire in WIRES}
 
 
 def _rows_of(blocks: Any, rows: int) -> int:
@@ -236,7 +244,7 @@ class Climber:
         self.situation = replace(
             self.situation,
             lanes=self.lanes_of(link),
-            bucket_bytes=link.bucket_mb(4 * self.situation.tensors.total) * 2**20,
+            bucket_bytes=_buckets(link, self.situation.tensors.total),
         )
         self.rungs = ladder(self.situation)
         here = next(r for r in self.rungs if r.name == self.rung.name)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from unisono.clock import STEP_PHASES
-from unisono.codes import BLOCK, encoded_bytes
+from unisono.codes import wire_bytes_of
 from unisono.forecast.probe import Probe
 from unisono.forecast.replay import Foretold, Passes, System, Tensors, foretell
 from unisono.observe.environment import peak_memory_bytes
@@ -117,7 +117,7 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     lanes, lanes_from = lanes_on(probe, link, holders, world.device, per_core)
     step = foretell(
         system, tensors, passes, lanes, holders,
-        wire_bytes=_wire_bytes(job.config.wire), bucket_bytes=plan.bucket_mb * 2**20,
+        wire_bytes=wire_bytes_of(job.config.wire), bucket_bytes=plan.bucket_mb * 2**20,
         rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches, 0)) + Meter.TOLD,
     )  # fmt: skip
     step = replace(
@@ -162,13 +162,6 @@ def _system(job: Job) -> System:
     if sync in ("exact", "quantized"):
         return "shards" if job.plan.shard_optimizer else "whole"
     return "sharded" if sync == "sharded" else "ddp"
-
-
-def _wire_bytes(wire: str) -> float:
-    """Of a value, blocks' scales shared among their values."""
-    if wire in ("int8", "int4"):
-        return encoded_bytes(wire, BLOCK) / BLOCK
-    return 2 if wire == "bfloat16" else 4
 
 
 def _passes(

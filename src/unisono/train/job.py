@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from unisono.attention.choose import Choice, choose, same, told, windows_of
+from unisono.codes import wire_bytes_of
 from unisono.config import AttentionConfig, Config
 from unisono.data.blocks import read_index
 from unisono.data.examples import examples
@@ -590,7 +591,7 @@ def _buckets(
     """Collective: the plan with the size of buckets to begin with, and who tunes it further."""
     if link is None or config.bucket_mb != "auto":
         return plan, None
-    mb, tuned = link.bucket_mb(facts.gradient_bytes), False
+    mb, tuned = link.bucket_mb(facts.gradient_bytes, wire_bytes_of(config.wire)), False
     origin = "link, as probed, of" if probe else "link of"
     why = f"{origin} {link.bytes_per_s * 8 / 1e9:.3g} Gbit/s and {link.latency_s * 1e3:.2g} ms"
     key = tuning.key_of({**asdict(facts), "mesh": str(plan.mesh), "wire": config.wire}, link)

@@ -31,7 +31,9 @@ def switch(job: Job, rung: Rung) -> None:
     facts = replace(job.facts, rounds=rounds)
     plan = make_plan(config, job.world, facts, job.plan.micro_batch_size)
     if config.bucket_mb == "auto":
-        plan = replace(plan, bucket_mb=job.climber.situation.bucket_bytes / 2**20)
+        plan = replace(
+            plan, bucket_mb=job.climber.situation.bucket_bytes.get(config.wire, 4 * 2**20) / 2**20
+        )
     job.sync = strategy_of(
         config,
         plan,
