@@ -179,8 +179,8 @@ def train(text: str, changes: dict[str, Any], workers: int, seed: int, folder: P
 
 def _next_line(figures: dict) -> float:
     """Accuracy by log-likelihood per byte."""
-    (suite,) = figures["suites"]
-    found = {m["name"]: m["value"] for m in suite["measures"]}
+    (suite,) = figures["suites"].values()
+    found = {f["measure"]: f["value"] for f in suite["figures"]}
     return next(value for name, value in found.items() if "byte" in name)
 
 
