@@ -100,10 +100,9 @@ def test_the_table_marks_the_rung_that_was_taken() -> None:
 
 
 def test_the_law_goes_through_the_published_points() -> None:
-    scale = penalty.MEASURED
-    assert penalty.of_interval(2, 35e6, 30) == pytest.approx(0.007 * scale)
-    assert penalty.of_interval(4, 1.3e9, 30) == pytest.approx(0.005 * scale)
-    assert penalty.of_interval(8, 2.4e9, 30) == pytest.approx(0.011 * scale)
+    assert penalty.of_interval(2, 35e6, 30) == pytest.approx(0.007 * penalty.MEASURED)
+    assert penalty.of_interval(4, 1.3e9, 30) == pytest.approx(0.005)
+    assert penalty.of_interval(8, 2.4e9, 30) == pytest.approx(0.011)
     assert penalty.of_interval(2, 4e9, 30) == 0.0, "a gain is no cost below zero"
     assert penalty.of_interval(1, 1e6, 30) == 0.0
 
