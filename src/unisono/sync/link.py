@@ -15,8 +15,9 @@ take the cores. Whole gradients of 54 MB in buckets of 1.4 MiB took 28 ms longer
 that costs nothing."""
 NARROW_BUSY_S = 3e-3
 """Likewise of a bucket that is rounded or encoded: many small operations, none of which is quick the first time
-that a core sees its memory. 13.5 M parameters at 500 Mbit/s, a step over compute: int8 in buckets of 2.1, 3 and
-6 MiB 1.18, 1.07 and 1.04; bfloat16 in buckets of 2.1 and 3 MiB 1.09 and 1.05."""
+that a core sees its memory. 13.5 M parameters at 500 Mbit/s, a step over compute, three repeats: bfloat16 in
+buckets of 2.1 and 3 MiB 1.09 and 1.05; int8 of 3 and 6 MiB 1.07 and 1.04, and of 2.1 MiB in a run before 1.18.
+A later run, with the sizes that this gives, had 1.09 and 1.11."""
 WHOLE_SHARE = 0.1
 """Whole gradients pay where the wire needs less than this of the compute. Then nearly all of it hides
 behind the backward pass alone, and the second way's collectives cost more than they hide. Measured with
