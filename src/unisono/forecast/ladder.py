@@ -106,7 +106,7 @@ def choose(rungs: Sequence[Rung], loss_budget: float, target: float = TARGET) ->
         if rung.utilization >= target:
             return (
                 rung,
-                f"the first that keeps {target:.0%} busy within a loss of {loss_budget:.2g}",
+                f"the first that keeps {target:.0%} busy within a loss of {loss_budget:.2%}",
             )
     best = max(allowed, key=lambda r: r.utilization)
     missed = f"no rung keeps {target:.0%} busy within a loss of {loss_budget:.2%}; this one {best.utilization:.0%}"
@@ -131,8 +131,7 @@ def _rung(situation: Situation, way: Way) -> Rung:
     alone_s = p.accumulation * (p.forward_s + p.backward_s) + p.optimizer_s
     if way.every > 1:
         step_s, sent = _outer(s, way)
-        cost = penalty.of_interval(s.ranks, s.tensors.total, way.every)
-        cost *= penalty.SPARSE if way.wire == "sparse" else 1.0
+        cost = penalty.of_interval(s.ranks, s.tensors.total, way.every)  # sparse: not known apart
     else:
         system: System = "whole" if s.whole and way.wire == "float32" else "shards"
         bucket_bytes = s.bucket_bytes[way.wire]

@@ -3,7 +3,7 @@
 The norm that clipping needs is the finite check too, so the check costs nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,9 @@ def own_key(state: str, replica: int, name: str) -> str:
     return f"{state}{OWN}{replica}.{name}"
 
 
-def without_own(tensors: Mapping[str, torch.Tensor]) -> str:
+def without_own(keys: Iterable[str]) -> str:
     """What to tell where replicas' own state (keys of `own_key`) is of no use; "" if there is none."""
-    states = sorted({key.partition(OWN)[0] for key in tensors})
+    states = sorted({key.partition(OWN)[0] for key in keys})
     if not states:
         return ""
     return (

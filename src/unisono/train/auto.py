@@ -3,7 +3,7 @@
 Before the first step the link, a pass and the codecs are timed, every rung is foretold (forecast/ladder.py),
 and the first that keeps the devices busy enough within `loss_budget` is taken. Later the link is looked at again:
 at once when steps take longer than they did, and now and then, because a link that became faster shows in
-nothing else. Looking costs LOOK_SHARE of the time at most. What ranks know alone is agreed on first, so all
+nothing else; that costs LOOK_SHARE of the time at most. What ranks know alone is agreed on first, so all
 take the same rung at the same step.
 """
 
@@ -21,7 +21,7 @@ import torch
 from rich.table import Table
 
 from unisono.codes import wire_bytes_of
-from unisono.config import Config
+from unisono.config import Config, parse
 from unisono.data.prompts import Prompts
 from unisono.forecast.ladder import (
     TARGET,
@@ -248,8 +248,8 @@ class Climber:
         )
         self.rungs = ladder(self.situation)
         here = next(r for r in self.rungs if r.name == self.rung.name)
-        best, why = choose(self.rungs, self.loss_budget, TARGET)
         self.rung = here
+        best, why = choose(self.rungs, self.loss_budget, TARGET)
         if best.name == here.name:
             return None
         lower = self.rungs.index(best) < self.rungs.index(here)
@@ -270,8 +270,6 @@ class Climber:
 
 def settings_of(config: Config, way: Way) -> Config:
     """The configuration with the rung's fields; what the user wrote in a section of it stays."""
-    from unisono.config import parse
-
     raw = config.model_dump(mode="json")
     for name, value in way.settings.items():
         raw[name] = {**(raw.get(name) or {}), **value} if isinstance(value, dict) else value

@@ -22,9 +22,13 @@ def switch(job: Job, rung: Rung) -> None:
     old, model = job.sync, job.model
     if isinstance(old, Streaming):
         old.come_together()
-    kept = {key: value.detach().clone() for key, value in old.optimizer_state()}
+    kept, own = {}, []
+    for key, value in old.optimizer_state():
+        if OWN in key.partition(".")[0]:
+            own.append(key)  # of every replica on rank 0: not worth its memory
+        else:
+            kept[key] = value.detach().clone()
     old.close()
-    own = {key: value for key, value in kept.items() if OWN in key.partition(".")[0]}
     config = settings_of(job.asked, rung.way)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     outer, rounds = rounds_of(config, job.plan.mesh, trained, job.screen)
@@ -44,7 +48,7 @@ def switch(job: Job, rung: Rung) -> None:
         layout=None,
         first_step=job.progress.step,
     )
-    job.sync.load_optimizer_state({key: value for key, value in kept.items() if key not in own})
+    job.sync.load_optimizer_state(kept)
     job.config, job.plan, job.facts, job.tuner = config, plan, facts, None
     job.climber.moved(rung)
     if note := without_own(own):
