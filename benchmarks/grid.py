@@ -48,7 +48,7 @@ from peers import Job, adamw, loss_of
 from unisono.forecast.probe import ModelTimes, Probe
 from unisono.forecast.replay import Foretold, Passes, System, Tensors, foretell, lanes_of
 from unisono.plan import SHARD_BYTES
-from unisono.sync.link import BUSY_S, Link
+from unisono.sync.link import BUSY_S, NARROW_BUSY_S, Link
 from unisono.sync.zero import TABLE_SHARE
 
 RESULTS = Path(__file__).parent / "results" / "grid.json"
@@ -174,7 +174,7 @@ def decided(
     fit = next(f for f in probe.links if f.collective == "all_to_all")
     stream = next(s for s in probe.sharing if s.collective == "all_to_all")
     link = Link(fit.latency_s, stream.bytes_per_s, BUSY_S)
-    bucket_mb = link.bucket_mb(4 * values)
+    bucket_mb = link.bucket_mb(4 * values, 2 if strategy == "exact-bf16" else 4)
     if strategy == "ddp":
         return "ddp", 4, 0.0, "ddp"
     if strategy == "sharded":
@@ -217,7 +217,7 @@ def foretold(
     rows = statistics.mean(looked_up(job, ranks, range(WARM_UP - 1, WARM_UP + STEPS)))
     found = foretell(
         system, tensors, passes, lanes, ranks, wire_bytes=wire, bucket_bytes=bucket,
-        rows=rows, width=job.hidden,
+        rows=rows, width=job.hidden, bucket_s=NARROW_BUSY_S,
     )  # fmt: skip
     return found, name
 

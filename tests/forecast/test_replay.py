@@ -55,6 +55,20 @@ def test_bytes_are_those_of_the_strategies_own_files(
         assert narrow.sent_bytes == pytest.approx(2 * values, abs=600)
 
 
+def test_buckets_that_are_rounded_cost_by_their_number() -> None:
+    def total(wire_bytes: float, bucket_s: float, bucket_bytes: float = 4e5) -> float:
+        free = lanes(Lane(0.0, 1e30))
+        got = foretell(
+            "shards", TENSORS, PASSES, free, 2,
+            wire_bytes=wire_bytes, bucket_bytes=bucket_bytes, bucket_s=bucket_s,
+        )  # fmt: skip
+        return got.total
+
+    assert total(2, 0.01) == pytest.approx(total(2, 0.0) + 8 * 0.01)
+    assert total(2, 0.01, 8e5) == pytest.approx(total(2, 0.0, 8e5) + 5 * 0.01)
+    assert total(4, 0.01) == total(4, 0.0)
+
+
 def test_more_micro_batches_are_plain_compute_but_for_sharded() -> None:
     twice = Passes(1.0, 2.0, 0.1, accumulation=2)
     free = lanes(Lane(0.0, 1e30))

@@ -19,8 +19,6 @@ from unisono.forecast.replay import Passes, System, Tensors, foretell
 TARGET = 0.95
 SPARSE_BYTES = 116 / 4096
 """sync/topk.py: 64 of 4,096 values with 12 bits of place and 2 of value, and two levels in bfloat16."""
-BUCKET_S = 3e-3
-"""What a bucket costs that is rounded or encoded, beside its values (sync/link.py, NARROW_BUSY_S)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,8 @@ class Situation:
     """exact in float32 would send whole gradients (sync/exact.py)."""
     codec_s: Mapping[str, float] = field(default_factory=dict)
     """By wire: to encode and to decode as many values as the model has."""
-    on_cpu: bool = True
+    bucket_s: float = 0.0
+    """What a bucket costs that is rounded or encoded, beside its values."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,9 @@ def _rung(situation: Situation, way: Way) -> Rung:
         found = foretell(
             system, s.tensors, p, s.lanes, s.ranks,
             wire_bytes=wire_bytes_of(way.wire), bucket_bytes=bucket_bytes, rows=s.rows, width=s.width,
-            codec_s=s.codec_s.get(way.wire, 0.0),
+            codec_s=s.codec_s.get(way.wire, 0.0), bucket_s=s.bucket_s,
         )  # fmt: skip
         step_s, sent = found.total, found.sent_bytes
-        if way.wire != "float32" and s.on_cpu:
-            step_s += BUCKET_S * math.ceil(4 * s.tensors.total / bucket_bytes)
         cost = penalty.of_rounding(way.wire)
     return Rung(way, step_s, min(1.0, alone_s / step_s), cost, sent)
 

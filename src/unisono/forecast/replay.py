@@ -89,14 +89,15 @@ class Foretold:
 def foretell(
     system: System, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
     *, wire_bytes: float = 4, bucket_bytes: float = 4 * 2**20, rows: int = 0, width: int = 0, votes: int = 1,
-    codec_s: float = 0.0,
+    codec_s: float = 0.0, bucket_s: float = 0.0,
 ) -> Foretold:  # fmt: skip
     """A step in full swing. `rows`: of the table that a rank looks up in a step, `width` values each;
     `wire_bytes`: of a value on its way; `votes`: values that ranks add up besides; `codec_s`: where values
-    are encoded, to encode and decode as many as there are."""
+    are encoded, to encode and decode as many as there are; `bucket_s`: what a bucket of rounded or encoded
+    values costs a rank beside them (`shards` only; sync/link.py, NARROW_BUSY_S)."""
     step = _Step(
-        tensors, passes, lanes, ranks, wire_bytes, bucket_bytes, rows, width, votes, codec_s
-    )
+        tensors, passes, lanes, ranks, wire_bytes, bucket_bytes, rows, width, votes, codec_s, bucket_s
+    )  # fmt: skip
     if ranks > 1:
         {"ddp": step.ddp, "whole": step.whole, "shards": step.shards, "sharded": step.sharded}[
             system
@@ -121,11 +122,12 @@ class _Step:
     def __init__(
         self, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
         wire_bytes: float, bucket_bytes: float, rows: int, width: int, votes: int, codec_s: float,
+        bucket_s: float,
     ) -> None:  # fmt: skip
         self.tensors, self.passes, self.lanes, self.ranks = tensors, passes, lanes, ranks
         self.wire_bytes, self.bucket_bytes = wire_bytes, bucket_bytes
         self.rows, self.width, self.votes = rows, width, votes
-        self.codec_s = codec_s
+        self.codec_s, self.bucket_s = codec_s, bucket_s if wire_bytes < 4 else 0.0
         self.segments: list[Segment] = []
         self.transfers: list[Transfer] = []
         self.sent_bytes = 0.0
@@ -168,8 +170,8 @@ class _Step:
         """Compute by tensor in reverse order; `ready`: transfers to set off when a group is complete.
 
         `groups` in the order in which they leave, of numbers of tensors; -1 is the table.
-        `handling_s`: of all values, what is done with a gradient beside computing it. `early`: the first one
-        leaves after one product of two (sync/early.py).
+        `handling_s`: of all values, what is done with a gradient beside computing it; half of `bucket_s`
+        comes before each group leaves. `early`: the first one leaves after one product of two (sync/early.py).
         """
         last = {group[-1]: k for k, group in enumerate(groups)}
         order = [i for group in groups for i in group]
@@ -178,6 +180,7 @@ class _Step:
             sends = ready[last[i]] if i in last else ()
             seconds = self.passes.backward_s * values * self._per_value + HOOK_S
             seconds += handling_s * self._values([i]) / self.tensors.total
+            seconds += self.bucket_s / 2 if i in last else 0.0
             if early and k == 0:
                 seconds /= 2
                 self.compute(seconds, sends=sends)
@@ -240,8 +243,10 @@ class _Step:
         ]
         self.compute(0.0, sends=back)
         of = {i: back[len(groups) - 1 - k] for k, group in enumerate(groups) for i in group}
+        first = {group[-1] for group in groups}
         for i, values in enumerate(t.sizes):
-            self.compute(p.forward_s * values * self._per_value, needs=[of[i]])
+            unpacked_s = self.bucket_s / 2 if i in first else 0.0
+            self.compute(unpacked_s + p.forward_s * values * self._per_value, needs=[of[i]])
         head = t.table if t.tied else 0
         self.compute(p.forward_s * head * self._per_value)
         if p.accumulation > 1:

@@ -40,7 +40,7 @@ from unisono.plan import SHARD_BYTES
 from unisono.probe.rates import memory_bytes_per_s
 from unisono.sync.codec import make_codec
 from unisono.sync.ledger import Group
-from unisono.sync.link import LARGE_BYTES, Link, measure_link
+from unisono.sync.link import LARGE_BYTES, NARROW_BUSY_S, Link, measure_link
 from unisono.train.facts import lanes_on, quick_passes, tensors_of
 from unisono.train.together import attempt
 from unisono.train.trial import seconds_of_pass
@@ -154,7 +154,7 @@ def situation_of(
         int(embedding.shape[-1]),
         whole,
         {name: s * tensors.total / SAMPLE for name, s in zip(CODECS, worst, strict=True)},
-        device == "cpu",
+        NARROW_BUSY_S if device == "cpu" else 0.0,
     )
 
 

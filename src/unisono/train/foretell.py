@@ -23,7 +23,7 @@ from unisono.observe.noise import Meter
 from unisono.observe.receipt import Receipt
 from unisono.plan import LOCAL
 from unisono.probe.rates import memory_bytes_per_s
-from unisono.sync.link import measure_link
+from unisono.sync.link import NARROW_BUSY_S, measure_link
 from unisono.sync.zero import TABLE_BYTES, TABLE_SHARE
 from unisono.train.facts import lanes_on, quick_passes, tensors_of
 from unisono.train.job import Job
@@ -119,6 +119,7 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
         system, tensors, passes, lanes, holders,
         wire_bytes=wire_bytes_of(job.config.wire), bucket_bytes=plan.bucket_mb * 2**20,
         rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches, 0)) + Meter.TOLD,
+        bucket_s=NARROW_BUSY_S if world.device == "cpu" else 0.0,
     )  # fmt: skip
     step = replace(
         step,
