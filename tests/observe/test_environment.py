@@ -21,4 +21,5 @@ def test_the_peak_is_counted_from_the_reset() -> None:
     assert peak_memory_bytes("cpu") - before > 0.9 * BLOCK
     reset_peak_memory("cpu")
     assert peak_memory_bytes("cpu") - before < 0.5 * BLOCK
-    assert peak_memory_bytes("cpu") >= memory_bytes("cpu")
+    now = memory_bytes("cpu")  # before the peak: another thread may take a page meanwhile
+    assert peak_memory_bytes("cpu") >= now
