@@ -3,8 +3,8 @@
 Every run is `unisono train` itself on real gloo ranks: the same text, the same order of samples, the same
 schedule and learning rate, one random seed for weights and order; only `sync` differs. Workers may be more than
 there are cores: that takes longer and changes nothing. Compared are losses on texts that no run has seen,
-with the exact strategy of the same seed, and a score besides the loss: which of four lines is the next one of
-an unseen text (`unisono eval --choices`; guessing has 25%).
+with the exact strategy of the same seed, and a score besides the loss: which of four lines is as it was written,
+where two words of the others have changed places (`unisono eval --choices`; guessing has 25%).
 
     python benchmarks/convergence.py [--only exact int8] [--workers 2 4 8] [--seeds 0 1 2] [--minutes 60]
     python benchmarks/convergence.py --tune          learning rates of the baseline around the one used
@@ -40,7 +40,7 @@ BASE = {
     "threads": 1, "device": "cpu", "check_replicas_every": 50, "probe": "none",
 }  # fmt: skip
 RATES = (2e-3, 4e-3, 8e-3)
-CHOICES, CONTEXT_LINES = 400, 6
+CHOICES, CONTEXT_LINES, LEAST_WORDS = 400, 2, 6
 TIMEOUT_S = 3600.0
 
 
@@ -113,7 +113,7 @@ def _kernel(folder: Path) -> Path:
 
 
 def write_choices(files: list[Path], path: Path) -> None:
-    """Some lines of an unseen text, and four of which one goes on; the same every time."""
+    """Lines of unseen texts, and each as it was written among three with two words exchanged; always the same."""
     import gzip
 
     chooser = random.Random(11)
@@ -121,28 +121,35 @@ def write_choices(files: list[Path], path: Path) -> None:
         gzip.decompress(f.read_bytes()) if f.suffix == ".gz" else f.read_bytes() for f in files
     ]
     read = [
-        [
-            line.strip()
-            for line in text.decode("utf-8", "replace").splitlines()
-            if len(line.strip()) > 20
-        ]
-        for text in plain
+        [line.strip() for line in text.decode("utf-8", "replace").splitlines()] for text in plain
     ]
+    read = [[line for line in lines if len(set(line.split())) >= LEAST_WORDS] for lines in read]
     read = [lines for lines in read if len(lines) > 4 * CONTEXT_LINES]
     with path.open("w") as out:
         for _ in range(CHOICES):
             lines = chooser.choice(read)
             at = chooser.randrange(CONTEXT_LINES, len(lines))
-            right = lines[at]
-            options = [right, *chooser.sample([x for x in lines if x != right], 3)]
-            chooser.shuffle(options)
+            right = " ".join(lines[at].split())
+            options = {right: None}
+            while len(options) < 4:
+                options[_exchanged(right, chooser)] = None
+            shown = sorted(options)
+            chooser.shuffle(shown)
             question = "\n".join(lines[at - CONTEXT_LINES : at]) + "\n"
-            record = {"question": question, "choices": options, "answer": options.index(right)}
+            record = {"question": question, "choices": shown, "answer": shown.index(right)}
             out.write(json.dumps(record) + "\n")
 
 
+def _exchanged(line: str, chooser: random.Random) -> str:
+    """With two of its words in each other's place."""
+    words = line.split()
+    i, j = chooser.sample(range(len(words)), 2)
+    words[i], words[j] = words[j], words[i]
+    return " ".join(words)
+
+
 def train(text: str, changes: dict[str, Any], workers: int, seed: int, folder: Path) -> dict:
-    """One run: its losses on unseen text, the share of next lines found, bytes sent a step."""
+    """One run: its losses on unseen text, the share of lines told from their shuffles, bytes sent a step."""
     chosen = texts(text, folder / text)
     (folder / text).mkdir(parents=True, exist_ok=True)
     choices = folder / text / "choices.jsonl"
@@ -169,7 +176,7 @@ def train(text: str, changes: dict[str, Any], workers: int, seed: int, folder: P
     return {
         "loss": [r["eval/loss"] for r in rows if "eval/loss" in r][-1],
         "train_loss": [r["train/loss"] for r in rows if "train/loss" in r][-1],
-        "next_line": _next_line(figures),
+        "word_order": _accuracy(figures),
         "sent_bytes_per_step": receipt["sent_bytes_per_step"],
         "steps": receipt["steps"],
         "seconds": round(seconds, 1),
@@ -177,7 +184,7 @@ def train(text: str, changes: dict[str, Any], workers: int, seed: int, folder: P
     }  # fmt: skip
 
 
-def _next_line(figures: dict) -> float:
+def _accuracy(figures: dict) -> float:
     """Accuracy by log-likelihood per byte."""
     (suite,) = figures["suites"].values()
     return next(f["value"] for f in suite["figures"] if f["measure"] == "accuracy_norm")
@@ -230,12 +237,12 @@ def show(rows: list[dict]) -> None:
     exact = [r for r in rows if r["strategy"] == "exact" and "rate" not in r]
     for r in sorted(exact, key=lambda r: (r["text"], r["seed"])):
         console.print(
-            f"exact, {r['text']}, seed {r['seed']}: loss {r['loss']:.4f}, next line {r['next_line']:.1%}"
+            f"exact, {r['text']}, seed {r['seed']}: loss {r['loss']:.4f}, word order {r['word_order']:.1%}"
         )
     table = Table(
-        "text", "strategy", "workers", "loss against exact", "next line", "MB a step", "seeds"
+        "text", "strategy", "workers", "loss against exact", "word order", "MB a step", "seeds"
     )
-    lines = {k[:3]: k for k in compared(rows, "next_line")}
+    lines = {k[:3]: k for k in compared(rows, "word_order")}
     for text, strategy, workers, mean, half, n in compared(rows):
         same = [
             r for r in rows if (r["text"], r["strategy"], r["workers"]) == (text, strategy, workers)

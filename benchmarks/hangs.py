@@ -13,7 +13,9 @@ checkpoints, evaluation, a call that holds the interpreter, a busy machine, one 
 The cost is what the thread used of a processor in a run, and a collective's share of the ledger's
 and the tape's records, measured alone; and steps with and without the watch, in turns.
 
-    python benchmarks/hangs.py [--trials 10] [--json FILE]
+    python benchmarks/hangs.py [--trials 10] [--sync quantized streaming ...] [--json FILE]
+
+With `--sync` trials take turns between those strategies.
 """
 
 import argparse
@@ -43,6 +45,14 @@ FAULTS = {
     "stopped": ["SIGSTOP"],
     "parted": ["evaluates alone", "saves alone", "one more", "one less", "one more alike"],
     "failed": ["raises"],
+}
+STRATEGIES: dict[str, dict] = {
+    "exact": {},
+    "sharded": {"sync": "sharded"},
+    "quantized": {"sync": "quantized", "wire": "int4"},
+    "powersgd": {"sync": "powersgd"},
+    "streaming": {"sync": "streaming", "streaming": {"sync_every": 10}},
+    "sparse": {"sync": "sparse", "sparse": {"sync_every": 10}},
 }
 LONG_S = 35.0
 CLEAN = [
@@ -190,13 +200,15 @@ def inject(fault: str, folder: Path) -> None:
 # --- trials
 
 
-def trial(kind: str, fault: str, culprit: int, chooser: random.Random, corpus: Path) -> dict:
+def trial(
+    kind: str, fault: str, culprit: int, chooser: random.Random, corpus: Path, strategy: str
+) -> dict:
     """Seconds from the fault to the line that names it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = make_job(
             corpus, folder / "run", max_steps=1_000_000, timeout_s=8, eval_steps=1000,
-            save_steps=1000, check_replicas_every=5,
+            save_steps=1000, check_replicas_every=5, **STRATEGIES[strategy],
         )  # fmt: skip
         env = {"XDG_CACHE_HOME": str(corpus.parent / "cache")}
         with started(rank, RANKS, config, fault, culprit, folder, env=env) as ranks:
@@ -216,7 +228,7 @@ def trial(kind: str, fault: str, culprit: int, chooser: random.Random, corpus: P
         lines = said(folder)
     every = bool(ends) and all(names(kind, [end], culprit) for end in ends)
     return {
-        "kind": kind, "fault": fault, "rank": culprit, "named_s": named_s, "on_every_exit": every,
+        "kind": kind, "fault": fault, "sync": strategy, "rank": culprit, "named_s": named_s, "on_every_exit": every,
         "line": (lines or ends or [""])[0],
         "exits": ends,
     }  # fmt: skip
@@ -366,6 +378,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=10, help="of each fault")
     parser.add_argument("--only", nargs="+", default=[*FAULTS, "clean", "cost"])
+    parser.add_argument("--sync", nargs="+", choices=[*STRATEGIES], default=["exact"])
     parser.add_argument("--json", type=Path, default=HERE / "results" / "hangs.json")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -376,10 +389,11 @@ def main() -> None:
         for kind in [k for k in FAULTS if k in args.only]:
             for number in range(args.trials):
                 fault = FAULTS[kind][number % len(FAULTS[kind])]
-                row = trial(kind, fault, number % RANKS, chooser, corpus)
+                strategy = args.sync[number % len(args.sync)]
+                row = trial(kind, fault, number % RANKS, chooser, corpus, strategy)
                 result["trials"].append(row)
                 took = "not named" if row["named_s"] is None else f"{row['named_s']:.1f} s"
-                print(f"{kind} {number + 1}: {fault} on rank {row['rank']}: {took}, on every exit: {row['on_every_exit']}", flush=True)  # fmt: skip
+                print(f"{kind} {number + 1}: {strategy}: {fault} on rank {row['rank']}: {took}, on every exit: {row['on_every_exit']}", flush=True)  # fmt: skip
             rows = [r for r in result["trials"] if r["kind"] == kind]
             good = sum(r["on_every_exit"] and r["named_s"] is not None and r["named_s"] <= 5 for r in rows)  # fmt: skip
             slowest = max((r["named_s"] or 99) for r in rows)

@@ -563,8 +563,20 @@ def fail_between_steps(world) -> None:
         loop.own_samples = fail
 
 
-def test_a_job_names_a_rank_that_is_late_in_a_step(tmp_path: Path) -> None:
-    config = make_job(write_corpus(tmp_path), tmp_path / "run", max_steps=8, timeout_s=5)
+STRATEGIES: dict[str, dict] = {
+    "exact": {},
+    "quantized": {"sync": "quantized", "wire": "int4"},
+    "powersgd": {"sync": "powersgd"},
+    "streaming": {"sync": "streaming", "streaming": {"sync_every": 4, "num_fragments": 2}},
+    "sparse": {"sync": "sparse", "sparse": {"sync_every": 2}},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_job_names_a_rank_that_is_late_in_a_step(tmp_path: Path, strategy: str) -> None:
+    config = make_job(
+        write_corpus(tmp_path), tmp_path / "run", max_steps=8, timeout_s=5, **STRATEGIES[strategy]
+    )
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     with started(run_and_keep, 2, config, stop_reading, str(tmp_path), env=cache):
         wait_for(lambda: ends(tmp_path))
