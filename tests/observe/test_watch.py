@@ -575,7 +575,7 @@ STRATEGIES: dict[str, dict] = {
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_job_names_a_rank_that_is_late_in_a_step(tmp_path: Path, strategy: str) -> None:
     config = make_job(
-        write_corpus(tmp_path), tmp_path / "run", max_steps=8, timeout_s=5, **STRATEGIES[strategy]
+        write_corpus(tmp_path), tmp_path / "run", max_steps=8, timeout_s=3, **STRATEGIES[strategy]
     )
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     with started(run_and_keep, 2, config, stop_reading, str(tmp_path), env=cache):
