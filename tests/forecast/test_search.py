@@ -10,7 +10,7 @@ from unisono.forecast.architecture import NAMED
 from unisono.forecast.constants import DEFAULT, UNCERTAINTY
 from unisono.forecast.cost import Mesh
 from unisono.forecast.hardware import device
-from unisono.forecast.network import Fabric, Line, fabric
+from unisono.forecast.network import Fabric, Line, fabric, wire
 from unisono.forecast.outlook import (
     as_json,
     job_of,
@@ -210,3 +210,110 @@ def test_devices_and_tokens() -> None:
     assert parse_devices("1..4") == (1, 2, 3, 4)
     assert parse_tokens("20B") == 20e9
     assert parse_tokens("3e8") == 3e8
+
+
+# --- other mathematics
+
+
+def slow(devices: int = 8, **job: object) -> tuple[Job, Machine]:
+    """A device a node, 1 Gbit/s between them."""
+    return Job(NAMED["gpt2"], 1024, 64, **job), machine("A100", per_node=1, node_gbit=1)  # type: ignore[arg-type]
+
+
+def test_other_mathematics_stands_apart_and_is_never_what_is_recommended() -> None:
+    job, here = slow()
+    found = search(job, here, 8)
+    assert [o.run.strategy for o in found.others] == ["quantized"] * 3 + ["streaming"] * 3
+    assert not any(o.is_exact for o in found.others) and all(o.is_exact for o in found.options)
+    speeds = [o.tokens_per_s for o in found.others]
+    assert speeds == sorted(speeds)
+    (point,) = outlook(job, here, [8], 1e9, 2.0).points
+    assert point.option.is_exact and point.best.is_exact
+    assert speeds[0] > 1.5 * point.option.tokens_per_s, "half the bytes"
+    assert (point.within.name, point.within.loss_cost) == ("quantized int4 8", 0.003)
+    assert "no rung keeps 95% busy within a loss of 0.50%" in point.within_why
+    plain = as_json(outlook(job, here, [8], 1e9, 2.0))["points"][0]
+    assert plain["exact"] and plain["strategy"] == point.option.name
+    assert [o["exact"] for o in plain["other_mathematics"]] == [False] * 6
+    assert not plain["within_loss_budget"]["exact"]
+
+
+def test_the_loss_budget_decides_and_exact_comes_first() -> None:
+    def taken(budget: float | None, gbit: float) -> str:
+        job, _ = slow(loss_budget=budget)
+        here = machine("A100", per_node=1, node_gbit=gbit)
+        (point,) = outlook(job, here, [2], 1e9, 2.0).points
+        return point.within.name
+
+    assert taken(0.5, 1000) == "exact 2", "busy enough"
+    assert taken(0.5, 1) == "streaming every 10 2"
+    assert taken(0.001, 1) == "quantized int8 2"
+    assert taken(0.0, 1) == "exact bfloat16 2"
+    assert taken(None, 1) == "exact 2"
+    assert not search(slow(loss_budget=None)[0], slow()[1], 2).others
+
+
+def test_settings_of_other_mathematics_are_those_of_train() -> None:
+    from unisono.config import apply_overrides, parse
+
+    fields = {"model": "gpt2", "data": {"path": "x"}, "output_dir": "y", "bf16": True}
+    job, here = slow()
+    for option in search(job, here, 4).others:
+        config = parse(apply_overrides(fields, overrides(option).split()))
+        run = option.run
+        assert config.wire == run.wire and runs_here(run)
+        if run.strategy == "streaming":
+            assert config.sync == "streaming" and config.streaming.sync_every == run.sync_every
+            assert config.streaming.num_fragments == run.num_fragments
+            assert config.streaming.fragment_sync_delay == 1
+        else:
+            assert config.sync == ("exact" if run.wire == "bfloat16" else "quantized")
+
+
+def test_memory_of_other_mathematics() -> None:
+    """Beside what exact holds with its optimizer on shards: masters 1/n, feedback (n-1)/n of 4 bytes a value;
+    beside what one device holds: outer weights, momentum, feedback, a fragment and its sum."""
+    job, here = slow()
+    job = replace(job, micro_batch=1, recompute="none")
+    four = search(job, here, 4)
+    exact = next(o for o in four.options if o.name == "exact 4").memory
+    by = {o.name: o.memory for o in four.others}
+    values = exact.weights / 4
+    assert exact.synchronization == 0
+    assert by["quantized int8 4"].synchronization == pytest.approx(values)
+    assert by["quantized int4 4"].synchronization == pytest.approx(values * (1 + 3))
+    assert by["quantized int8 4"].optimizer == pytest.approx(exact.optimizer)
+    streaming = by["streaming every 30 4"]
+    assert streaming.optimizer == pytest.approx(4 * exact.optimizer)
+    table = 50257 * 768
+    assert streaming.synchronization == pytest.approx(4 * (3 * values + 2 * table))
+
+
+def test_codes_cost_time_and_an_all_to_all_leaves_a_node_once_for_each_of_its_ranks() -> None:
+    from unisono.forecast import coding
+
+    job, here = slow()
+    gpu, cpu = here.device, replace(here.device, is_cpu=True)
+    # 2 ranks, 13.5 M values: 19.2 and 41.4 ms on the core of benchmarks/results/codec.json.
+    assert coding.step_s("int8", 13_520_256, 2, cpu) == pytest.approx(0.01917, rel=0.02)
+    assert coding.step_s("int4", 13_520_256, 2, cpu) == pytest.approx(0.04145, rel=0.02)
+    assert coding.step_s("int8", 1e9, 8, gpu) < 0.2
+    (free,) = [o for o in search(job, replace(here, device=gpu), 2).others if o.run.wire == "int8"]
+    (paid,) = [o for o in search(job, replace(here, device=cpu), 2).others if o.run.wire == "int8"]
+    assert paid.step.communication > free.step.communication
+    crowded = machine("A100", per_node=8, node_gbit=10)
+    whole = wire(crowded.fabric, 16)
+    assert whole.all_to_all(1e9) == pytest.approx(8 * whole.all_gather(1e9), rel=0.01)
+
+
+def test_streaming_is_a_step_alone_and_a_share_of_what_travels() -> None:
+    """With time for nothing to hide: (n-1) codes of all values in H steps, 0.516 bytes each."""
+    job, _ = slow()
+    here = machine("A100", per_node=1, node_gbit=0.01)
+    option = next(o for o in search(job, here, 2).others if o.run.sync_every == 10)
+    step = option.step
+    values = NAMED["gpt2"].parameters
+    wire_s = values * 132 / 256 / here.fabric.node["all_gather"].bytes_per_s / 10
+    alone_s = step.total - step.communication
+    # A fragment has one step of every two to hide behind.
+    assert step.communication == pytest.approx(wire_s - alone_s / 2, rel=0.05)

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -255,25 +256,71 @@ def test_the_live_page_updates_and_says_the_end(browser: Any, run: Path) -> None
     expect(page.locator("#made")).to_contain_text("has ended")
 
 
-def test_training_with_serve(tmp_path: Path) -> None:
-    """Two replicas: a page while they train, and nothing left behind after SIGTERM."""
-    config = tmp_path / "job.yaml"
-    output = tmp_path / "run"
-    config.write_text(yaml.safe_dump(job_fields(write_corpus(tmp_path), output, max_steps=100_000, replicas=2)))  # fmt: skip
-    with subprocess.Popen(
+def training(folder: Path, **fields: Any) -> "subprocess.Popen[str]":
+    """A run into folder/run, with its live page."""
+    config = folder / "job.yaml"
+    config.write_text(yaml.safe_dump(job_fields(write_corpus(folder), folder / "run", max_steps=100_000, **fields)))  # fmt: skip
+    return subprocess.Popen(
         [sys.executable, "-m", "unisono", "train", str(config), "--serve=0"],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-    ) as process:
+        env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def url_at_step(process: "subprocess.Popen[str]", step: int) -> str:
+    """Of the live page, once the run has come so far."""
+    assert process.stdout is not None
+    url = ""
+    for line in process.stdout:
+        if line.startswith("live page: "):
+            url = line.split()[-1]
+        if line.startswith(f"step {step}/"):
+            break
+    return url
+
+
+def test_the_page_of_a_run_that_was_killed_says_so_and_stays_whole(
+    browser: Any, tmp_path: Path
+) -> None:
+    from playwright.sync_api import expect
+
+    with training(tmp_path) as process:
+        try:
+            url = url_at_step(process, 20)
+            shown = Opened(browser, url)
+            page, state = shown.page, shown.page.locator(".state")
+            expect(page.locator("#made")).to_contain_text("live, ")
+            expect(page.locator("svg .line").first).to_be_visible()
+            assert "last seen" not in state.inner_text() and shown.wrong == []
+            beside = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            assert psutil.wait_procs(beside, timeout=30)[1] == []
+        finally:
+            process.kill()
+    expect(page.locator("#made")).to_contain_text("no answer since")
+    expect(state).to_have_class("state gone")
+    expect(state).to_have_text(
+        re.compile(r"^not finished: step \d+ of 100,000, last seen \d\d:\d\d:\d\d$")
+    )
+    # What was there stays, drawn and alive.
+    drawings = page.locator("svg:visible")
+    assert drawings.count() >= 4
+    assert "NaN" not in "".join(drawings.evaluate_all("all => all.map(x => x.outerHTML)"))
+    page.locator("svg[aria-label^='Loss']").hover(position={"x": 300, "y": 100})
+    assert "step" in shown.tip()
+    # The browser itself notes each request that nobody answers; the page adds nothing to that.
+    unanswered = "error: Failed to load resource: net::ERR_CONNECTION_REFUSED"
+    assert [line for line in shown.wrong if line != unanswered] == []
+
+
+def test_training_with_serve(tmp_path: Path) -> None:
+    """Two replicas: a page while they train, and nothing left behind after SIGTERM."""
+    output = tmp_path / "run"
+    with training(tmp_path, replicas=2) as process:
         try:
             assert process.stdout is not None
-            url = ""
-            for line in process.stdout:
-                if line.startswith("live page: "):
-                    url = line.split()[-1]
-                if line.startswith("step 20/"):
-                    break
+            url = url_at_step(process, 20)
             status, _, text = get(f"{url}data.json")
             assert status == 200
             shown = json.loads(text)["runs"][0]

@@ -75,3 +75,88 @@ def test_without_a_pass_alone_there_is_none_and_it_is_said(tmp_path: Path) -> No
     assert end == "done"
     assert not (tmp_path / "run/forecast.json").exists()
     assert any("no forecast: nothing timed a pass alone" in line for line in told)
+
+
+LOCAL = {"sync": "streaming", "streaming": {"sync_every": 6, "num_fragments": 3, "fragment_sync_delay": 1}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "fields"),
+    [
+        (2, LOCAL),
+        (3, LOCAL),
+        (2, {**LOCAL, "wire": "int8", "max_steps": 13}),
+        (2, {"sync": "streaming", "streaming": {"sync_every": 4, "num_fragments": 1, "fragment_sync_delay": 0}}),
+        (2, {"sync": "sparse", "sparse": {"sync_every": 5}}),
+        (3, {"sync": "sparse", "sparse": {"sync_every": 5}}),
+        (2, {**LOCAL, "optim": "muon"}),
+        (1, {**LOCAL, "optim": "muon"}),
+        (1, {"optim": "muon"}),
+        (2, {"sync": "powersgd", "powersgd": {"rank": 4, "start": 0}}),
+        (3, {"sync": "powersgd", "powersgd": {"rank": 4, "start": 0}}),
+    ],
+)  # fmt: skip
+def test_bytes_of_rounds_and_thin_matrices_are_those_of_the_ledger(
+    tmp_path: Path, size: int, fields: dict
+) -> None:
+    """To the byte, over all steps of the run, the last one included."""
+    job = make_job(
+        write_corpus(tmp_path), tmp_path / "run", baseline_steps=1, global_batch_size=12,
+        probe="none", save_steps=100, **({"max_steps": 10} | fields),
+    )  # fmt: skip
+    end, told, receipt = run_ranks(run, size, job, join=False)[0]
+    assert end == "done" and receipt is not None, told
+    found = json.loads((tmp_path / "run/forecast.json").read_text())
+    measured = found["measured"]
+    assert found["sent_bytes_per_step"] == pytest.approx(measured["sent_bytes_per_step"], rel=1e-12)
+    assert (found["sent_bytes_per_step"] > 0) == (size > 1)
+    assert found["memory_bytes"] == pytest.approx(measured["memory_bytes"], rel=0.1)
+    assert found["step_s"] > 0 and found["parts"]["communication"] >= 0
+    assert ("optimizer" in found["sources"]) == (fields.get("optim") == "muon")
+
+
+def test_steps_of_powersgd_that_are_exact_are_counted_as_such(tmp_path: Path) -> None:
+    sent = {}
+    for start in (0, 0.5, 1):
+        job = make_job(
+            write_corpus(tmp_path), tmp_path / f"run-{start}", baseline_steps=1, max_steps=10,
+            probe="none", save_steps=100, sync="powersgd", powersgd={"rank": 4, "start": start},
+        )  # fmt: skip
+        assert run_ranks(run, 2, job, join=False)[0][0] == "done"
+        found = json.loads((tmp_path / f"run-{start}/forecast.json").read_text())
+        sent[start] = found["sent_bytes_per_step"]
+        assert sent[start] == pytest.approx(found["measured"]["sent_bytes_per_step"], rel=0.01)
+    assert sent[0] < sent[0.5] < sent[1]
+    assert sent[0.5] == pytest.approx((sent[0] + sent[1]) / 2)
+
+
+def what_is_held(world, fields: dict) -> tuple[int, int]:
+    """(values foretold, values held) that a strategy keeps beside weights, gradients and optimizer."""
+    import torch
+
+    from unisono.sync import make_strategy
+    from unisono.sync.ledger import Ledger
+    from unisono.sync.outer import Outer, delta_codec
+
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(*[torch.nn.Linear(48, 48) for _ in range(4)])
+    outer = Outer(
+        delta_codec("int4"), sync_every=6, num_fragments=3, fragment_sync_delay=1,
+        learning_rate=0.6, last_step=12, **fields,
+    )  # fmt: skip
+    sgd = lambda m, v: torch.optim.SGD([*m, *v], lr=0.1)  # noqa: E731
+    sync = make_strategy("streaming", model, Ledger(), optimizer=sgd, outer=outer, timeout_s=60)
+    try:
+        kept = sum(
+            t.numel() for f in sync._fragments for t in (f.outer, f.velocity, f.feedback) if t is not None
+        )  # fmt: skip
+        sizes = [p.numel() for p in model.parameters()]
+        return outer.state_values(sizes) - 2 * max(sync.fragment_values), kept
+    finally:
+        sync.close()
+
+
+@pytest.mark.parametrize("fields", [{}, {"momentum": 0.9}, {"momentum": 0.9, "feedback_decay": 0.95}])  # fmt: skip
+def test_what_streaming_keeps_is_what_the_formula_says(fields: dict) -> None:
+    for foretold, held in run_ranks(what_is_held, 2, fields):
+        assert foretold == held

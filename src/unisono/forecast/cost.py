@@ -10,6 +10,9 @@ forward pass (our `exact`) are the mirror image: bucket i is needed when what li
 FSDP gathers layer l+1 while l computes, and in the backward pass also scatters the gradients of l+1
 (Zhao 2023, arXiv 2304.11277). What is hidden still costs `contention` of the time that it would take
 at the rate inside a node.
+
+`quantized` is `exact` with codes on the wire, and what coding costs (coding.py). With `streaming` a step is that
+of a replica alone but for what outer steps add on average (rounds.py).
 """
 
 import math
@@ -19,14 +22,19 @@ from functools import lru_cache
 from statistics import NormalDist
 from typing import Literal
 
+from unisono.codes import wire_bytes_of
+from unisono.forecast import coding
 from unisono.forecast.architecture import Architecture
 from unisono.forecast.compute import Recompute, Stack, Work, layer_work, optimizer_s
 from unisono.forecast.constants import DEFAULT, Constants
 from unisono.forecast.hardware import DTYPE_BYTES, Device
 from unisono.forecast.network import Fabric, Wire, wire
+from unisono.forecast.overlap import Lane, Transfer
+from unisono.forecast.rounds import OUTER_BYTES, average_step_s, sent_values
 
-Strategy = Literal["ddp", "exact", "zero1", "zero2", "fsdp"]
+Strategy = Literal["ddp", "exact", "zero1", "zero2", "fsdp", "quantized", "streaming"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "exact", "zero1", "zero2", "fsdp")
+"""Those that are equal to one process, but for the order of sums."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,12 @@ class Run:
 
     scatter_once: bool = False
     """fsdp: gradients stay whole until the last micro-batch (as in sync/sharded.py)."""
+    wire: str = ""
+    """quantized: bfloat16, int8 or int4; streaming: of deltas."""
+    sync_every: int = 1
+    """streaming: steps from one synchronization of everything to the next."""
+    num_fragments: int = 1
+    """streaming: parts that take turns; each has one step to arrive."""
 
     @property
     def weight_width(self) -> int:
@@ -191,9 +205,13 @@ def compose(
         bubble = (mesh.pipeline - 1) * (one + 2 * hop) + 2 * k * hop
     sent = _data_parallel(run, fabric, held, layers, forward, backward, work, c)
 
-    owned = held / (1 if run.strategy == "ddp" else owners(run))
+    owned = held / (1 if run.strategy in ("ddp", "streaming") else owners(run))
     update = optimizer_s(model, device, owned, run.stack, c)
     busy = compute + again + across + bubble + update
+    if run.strategy == "streaming":
+        sent = _rounds(run, fabric, held, busy, device, c)
+    elif run.strategy == "quantized":
+        sent += coding.step_s(run.wire, held, mesh.holders, device)
     waiting = slowest(mesh.size) * (c.jitter * (busy + sent) + c.jitter_s)
     return Step(compute, again, sent, across, bubble, update, waiting, c.step_s)
 
@@ -260,6 +278,10 @@ def _data_parallel(
     replica = wire(fabric, mesh.replica, mesh.tensor * shard.size)
     if run.strategy == "fsdp":
         return _fsdp(run, held, layers, work, shard, replica, c)
+    if run.strategy == "quantized":
+        return _quantized(run, fabric, held, forward, backward, c)
+    if run.strategy == "streaming":  # needs to know the whole step
+        return 0.0
 
     whole = wire(fabric, mesh.holders, mesh.tensor)
     table = run.model.vocab * run.model.hidden / mesh.tensor * run.gradient_bytes
@@ -306,6 +328,52 @@ def _data_parallel(
     return back + reduces * _hide_behind(
         backward, buckets, out(each), out(table), busy_out(grads + table)
     )
+
+
+def _quantized(
+    run: Run, fabric: Fabric, held: float, forward: float, backward: float, c: Constants
+) -> float:
+    """As `exact`, each value as `wire_bytes_of(run.wire)` bytes: codes to their owners, and of the sums back."""
+    whole = wire(fabric, run.mesh.holders, run.mesh.tensor)
+    width = wire_bytes_of(run.wire)
+    table = 0.0 if run.model.adapters else run.model.vocab * run.model.hidden
+    values = max(0.0, held - table)
+    buckets = max(1, math.ceil(4 * values / run.bucket_bytes))
+    each = width * values / buckets
+    looked_up = min(run.model.vocab, run.micro_batch * run.sequence) * run.model.hidden
+    rows = min(width, 4) * looked_up if table else 0.0
+    back = whole.all_gather(each)
+    lost = exposed_head(forward, buckets, back)
+    lost += c.contention * whole.busy(width * values, "all_gather") * _hidden(buckets * back, lost)
+    out = whole.all_to_all(each + width * table / buckets)
+    busy = c.contention * whole.busy(width * (values + table) + rows, "all_to_all")
+    return lost + _hide_behind(backward, buckets, out, whole.all_to_all(rows), busy)
+
+
+def _rounds(
+    run: Run, fabric: Fabric, held: float, step_s: float, device: Device, c: Constants
+) -> float:
+    """What coming together every `run.sync_every` steps adds to a step of `step_s`, on average."""
+    n = run.mesh.holders
+    if n == 1:
+        return 0.0
+    whole = wire(fabric, n)
+    payload = held / run.num_fragments * wire_bytes_of(run.wire)
+    seconds = whole.all_to_all(payload) + whole.all_gather(payload)
+    if n == 2:  # each to the other
+        seconds = whole.all_gather(2 * payload)
+    contention = c.contention if fabric.contention is None else fabric.contention
+    sent = sent_values(payload, n, False)
+    beside_s = contention * sent / whole.inside_bytes_per_s
+    lane = Lane(0.0, whole.bytes_per_s["all_gather"], 1 - min(0.95, beside_s / seconds))
+    handling_s = coding.round_s(run.wire, held, n, device)
+    average = average_step_s(
+        step_s, Transfer(seconds, lane),
+        every=run.sync_every, fragments=run.num_fragments, delay=1,
+        vote_s=whole.latency_s["all_reduce"],
+        handling_s=handling_s + OUTER_BYTES * held / device.memory_bytes_per_s,
+    )  # fmt: skip
+    return average - step_s
 
 
 def _hidden(transfer: float, exposed: float) -> float:

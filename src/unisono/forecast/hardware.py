@@ -41,6 +41,7 @@ class Device:
     node_bytes_per_s: float
     """One direction, what a node sends to other nodes."""
     source: str
+    is_cpu: bool = False
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of `dtype`, or of the nearest that the device has (bf16 -> fp16 -> tf32 -> fp32).

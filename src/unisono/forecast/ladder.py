@@ -9,12 +9,13 @@ it takes with all others.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from unisono.codes import wire_bytes_of
 from unisono.forecast import penalty
-from unisono.forecast.overlap import Lane, Segment, Transfer, play
+from unisono.forecast.overlap import Lane, Transfer
 from unisono.forecast.replay import Passes, System, Tensors, foretell
+from unisono.forecast.rounds import OUTER_BYTES, average_step_s, sent_values
 
 TARGET = 0.95
 SPARSE_BYTES = 116 / 4096
@@ -98,7 +99,23 @@ def ladder(situation: Situation, ways: Sequence[Way] = WAYS) -> list[Rung]:
     return [_rung(situation, way) for way in ways]
 
 
-def choose(rungs: Sequence[Rung], loss_budget: float, target: float = TARGET) -> tuple[Rung, str]:
+class Choice(Protocol):
+    """What there is to choose among, as `choose` sees it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def utilization(self) -> float: ...
+
+    @property
+    def loss_cost(self) -> float: ...
+
+
+C = TypeVar("C", bound=Choice)
+
+
+def choose(rungs: Sequence[C], loss_budget: float, target: float = TARGET) -> tuple[C, str]:
     """The first rung that is busy enough within the budget, or the busiest within it; and why."""
     allowed = [r for r in rungs if r.loss_cost <= loss_budget]
     for rung in allowed:
@@ -147,29 +164,21 @@ def _rung(situation: Situation, way: Way) -> Rung:
 def _outer(s: Situation, way: Way) -> tuple[float, float]:
     """(seconds, bytes) of a step on average, where outer steps are taken every `way.every` steps.
 
-    A fragment leaves every H/P steps, and is waited for `delay` steps later; each step ends with a vote.
+    forecast/rounds.py has how.
     """
     p, n = s.passes, s.ranks
     step_s = p.accumulation * (p.forward_s + p.backward_s) + p.optimizer_s + p.waiting_s
     width = SPARSE_BYTES if way.wire == "sparse" else wire_bytes_of(way.wire)
     payload = s.tensors.total / way.fragments * width
-    # Two ranks exchange, more reduce-scatter and gather; a sparse one is gathered.
-    sent = payload * (n - 1) if n == 2 or way.wire == "sparse" else 2 * payload * (n - 1) / n
+    sent = sent_values(payload, n, way.wire == "sparse")
     lane = s.lanes["all_gather"]
-    vote_s = s.lanes["all_reduce"].latency_s
-    period = max(1, way.every // way.fragments)
-    transfer = Transfer(lane.seconds(sent), lane)
-    segments = [Segment(0.0, sends=(0,))]
-    for k in range(period):
-        needs = (0,) if k == way.delay - 1 or (k == 0 and not way.delay) else ()
-        if way.delay:
-            segments += [Segment(step_s), Segment(0.0, needs=needs)]
-        else:
-            segments += [Segment(0.0, needs=needs), Segment(step_s)]
-    total = play(segments, [transfer]) + period * vote_s
-    # Deltas are taken, encoded, decoded and applied: the codec, and some passes over memory.
-    handling = (s.codec_s.get(way.wire, s.codec_s.get("int4", 0.0)) + 6 * p.pack_s) / way.fragments
-    return (total + handling) / period, sent / period
+    codec_s = s.codec_s.get(way.wire, s.codec_s.get("int4", 0.0))
+    average_s = average_step_s(
+        step_s, Transfer(lane.seconds(sent), lane),
+        every=way.every, fragments=way.fragments, delay=way.delay,
+        vote_s=s.lanes["all_reduce"].latency_s, handling_s=codec_s + OUTER_BYTES / 8 * p.pack_s,
+    )  # fmt: skip
+    return average_s, sent / max(1, way.every // way.fragments)
 
 
 def table(rungs: Sequence[Rung], chosen: Rung) -> list[tuple[str, str, str, str, str]]:

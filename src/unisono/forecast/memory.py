@@ -4,6 +4,9 @@ For Psi values in bf16 with float32 master weights and AdamW, 16 Psi bytes (Rajb
 1910.02054): 2 weights, 2 gradients (4 if summed in float32), 12 optimizer. ZeRO-1 divides the optimizer
 by the ranks that own it, ZeRO-2 gradients as well, FSDP all. Activations are counted as in `compute`
 (Korthikanti 2022); full recomputation keeps 2 h bytes a token and layer, and one layer whole.
+Where codes travel each rank keeps float32 masters of what it owns and, with int4, what codes have left out
+(sync/zero.py); with streaming outer weights, their momentum, what codes have left out, and a fragment on its
+way and its sum (sync/outer.py).
 Frozen matrices in 4 bits (QLoRA, arXiv 2305.14314) take half a byte a value and their scales.
 """
 
@@ -27,12 +30,14 @@ class Memory:
     logits: float
     buffers: float
     """Gathered layers, and buckets on the wire."""
+    synchronization: float = 0.0
+    """Masters, outer weights and their momentum, and what codes have left out."""
 
     @property
     def total(self) -> float:
         return (
             self.weights + self.gradients + self.optimizer
-            + self.activations + self.logits + self.buffers
+            + self.activations + self.logits + self.buffers + self.synchronization
         )  # fmt: skip
 
 
@@ -50,6 +55,8 @@ def memory(run: Run) -> Memory:
         "zero1": (1, 1, shares),
         "zero2": (1, shares, shares),
         "fsdp": (shares, shares, shares),
+        "quantized": (1, 1, shares),
+        "streaming": (1, 1, 1),
     }[run.strategy]
     if run.strategy == "fsdp" and run.scatter_once and run.accumulation > 1:
         by = (shares, 1, shares)
@@ -62,6 +69,14 @@ def memory(run: Run) -> Memory:
         buffers = weight * (2 * unit + root) + run.gradient_bytes * max(unit, root)
     elif mesh.holders > 1:
         buffers = 2.0 * min(run.bucket_bytes, trained * run.gradient_bytes)
+    kept_apart = 0.0
+    if run.strategy == "quantized" and mesh.holders > 1:
+        left = (shares - 1) / shares if run.wire == "int4" else 0.0
+        kept_apart = 4 * trained * (1 / shares + left)
+    elif run.strategy == "streaming" and mesh.holders > 1:
+        fragment = max(trained / run.num_fragments, min(trained, model.vocab * model.hidden))
+        kept_apart = 4 * (3 * trained + 2 * fragment)
+        buffers = 0.0  # the fragment is counted
     weights = weight * held
     if model.quantized:  # and a matrix at a time as wide as it is multiplied
         weights -= (weight - model.quantized) * layers * model.layer_parameters / mesh.tensor
@@ -76,7 +91,7 @@ def memory(run: Run) -> Memory:
     logits = (4 if run.stack == "fused" else 10) * here * model.vocab * model.head_share
     return Memory(
         weights / by[0], grad * trained / by[1], master * trained / by[2], activations, logits,
-        buffers,
+        buffers, kept_apart,
     )  # fmt: skip
 
 

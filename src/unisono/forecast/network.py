@@ -8,7 +8,8 @@ an all-reduce and (n-1)/n S in a reduce-scatter, all-gather or all-to-all):
 Latency is a ring's hops; an all-reduce takes a tree between nodes where that is shorter (Thakur 2005;
 NCCL). An axis of a mesh is `size` ranks that are `stride` apart. Inside a node it runs at the link's
 rate. Else its ring passes through each node once, beside those of the other min(stride, per_node)
-groups that share the node's network: B = min(link, node / groups).
+groups that share the node's network: B = min(link, node / groups). An all-to-all adds nothing up on its
+way: all ranks of a node send to all others outside, which is the node's rate over its ranks.
 """
 
 import math
@@ -88,9 +89,15 @@ def fabric(device: Device, constants: Constants = DEFAULT) -> Fabric:
     return Fabric(
         device.per_node,
         dict.fromkeys(COLLECTIVES, link),
-        dict.fromkeys(COLLECTIVES, node),
+        between(node, device.per_node),
         constants.tree_hop_s,
     )
+
+
+def between(node: Line, per_node: int) -> dict[str, Line]:
+    """Of nodes of `per_node` ranks whose network carries `node`, by collective."""
+    each = Line(node.hop_s, node.bytes_per_s / per_node)
+    return {**dict.fromkeys(COLLECTIVES, node), "all_to_all": each}
 
 
 def wire(fabric: Fabric, size: int, stride: int = 1) -> Wire:

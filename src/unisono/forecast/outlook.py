@@ -14,6 +14,7 @@ from unisono.config import Config, TokenizerConfig
 from unisono.errors import ConfigError
 from unisono.forecast.architecture import of_model
 from unisono.forecast.constants import UNCERTAINTY
+from unisono.forecast.ladder import TARGET, choose
 from unisono.forecast.price import critical_batch_tokens, token_cost
 from unisono.forecast.search import (
     Found,
@@ -54,6 +55,9 @@ class Point:
     """The batch over the critical batch."""
     link_bytes_per_s: float | None
     """For 95%; None: no link suffices."""
+    within: Option
+    """What `sync: auto` would take within the loss budget: `option`, or one of `found.others` that is faster."""
+    within_why: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,13 @@ def job_of(config: Config, per_device: int | None = None) -> Job:
         gradient_bytes=2 if narrow else 4,
         recompute="full" if config.gradient_checkpointing else None,
         bucket_bytes=None if config.bucket_mb == "auto" else config.bucket_mb * 2**20,
+        loss_budget=config.loss_budget if _may_differ(config) else None,
     )
+
+
+def _may_differ(config: Config) -> bool:
+    """Whether there is anything but exact mathematics; as `sync: auto` has it."""
+    return config.determinism != "strict" and config.optim == "adamw" and config.lora is None
 
 
 def outlook(
@@ -119,7 +129,7 @@ def outlook(
     base = max((o.tokens_per_s / o.devices for o in alike), default=0.0)
     for f in can:
         base = max(base, _recommended(f).tokens_per_s / f.devices)
-        points.append(_point(f, base, critical, tokens, price, machine))
+        points.append(_point(f, base, critical, tokens, price, job, machine))
     return Outlook(
         job, machine, tokens, price, price_from, critical, tuple(points),
         tuple(f for f in found if not f.options), sum(f.evaluated for f in [*smaller, *found]),
@@ -132,13 +142,16 @@ def _recommended(found: Found) -> Option:
 
 
 def _point(
-    found: Found, base: float, critical: float, tokens: float, price: float | None, machine: Machine
-) -> Point:
+    found: Found, base: float, critical: float, tokens: float, price: float | None, job: Job,
+    machine: Machine,
+) -> Point:  # fmt: skip
     option = _recommended(found)
     n, speed = found.devices, option.tokens_per_s
     hours = tokens / speed / 3600
     error = uncertainty(option, machine)
     power = machine.device.power_w
+    faster = [o for o in found.others if o.tokens_per_s > speed]
+    within, why = choose([option, *faster], job.loss_budget or 0.0, TARGET)
     return Point(
         devices=n,
         option=option,
@@ -153,6 +166,8 @@ def _point(
         usd_per_billion=n * (price or 1.0) * 1e9 / speed / 3600,
         critical_share=option.batch * option.run.sequence / critical,
         link_bytes_per_s=required_link(option, machine),
+        within=within,
+        within_why=why,
     )
 
 
@@ -205,6 +220,7 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "usd_per_device_hour": outlook.price,
         "price_from": outlook.price_from,
         "critical_batch_tokens": outlook.critical_tokens,
+        "loss_budget": job.loss_budget,
         "knee": asdict(knee(outlook)),
         "evaluated": outlook.evaluated,
         "points": [_point_json(point) for point in outlook.points],
@@ -228,6 +244,8 @@ def _point_json(point: Point) -> dict[str, Any]:
         "tokens_needed_factor": token_cost(1, 1 / point.critical_share),
         "link_bytes_per_s_for_95": point.link_bytes_per_s,
         "ranked": [_option_json(o) for o in point.found.options[:SHOWN]],
+        "other_mathematics": [_option_json(o) for o in point.found.others],
+        "within_loss_budget": {**_option_json(point.within), "why": point.within_why},
         "misfits": _misfits(point.found),
     }
 
@@ -237,6 +255,9 @@ def _option_json(option: Option) -> dict[str, Any]:
     return {
         "strategy": option.name,
         "runs_in_unisono": runs_here(run),
+        "exact": option.is_exact,
+        "loss_cost": option.loss_cost,
+        "utilization": option.utilization,
         "mesh": asdict(run.mesh),
         "global_batch_size": option.batch,
         "micro_batch_size": run.micro_batch,

@@ -7,16 +7,22 @@ from html import escape
 from unisono.forecast.outlook import Outlook, Point, knee, runs_here
 from unisono.forecast.search import overrides
 from unisono.forecast.show import (
+    NOT_EXACT,
+    OTHER_COLUMNS,
     at_knee,
     bends,
+    budget,
     count,
     gbit,
     head,
     misfits,
+    other_cells,
     plural,
     recommended,
     seconds,
     size,
+    with_others,
+    within_budget,
 )
 
 WIDTH, HEIGHT = 560, 280
@@ -88,6 +94,7 @@ def render(outlook: Outlook) -> str:
         f"<section><h2>Recommended</h2>{advice}</section></div>"
         f'<div class="grid">{sections}</div>'
         f"<section><h2>Every number of devices</h2>{_table(points, best)}</section>"
+        f"{_other_mathematics(outlook, best)}"
         f'<div class="grid one"><section><h2>Ranked, {escape(plural(best.devices))}</h2>{_ranked(best)}'
         f"</section>{f'<section><h2>What does not fit</h2><ul>{lacks}</ul></section>' if lacks else ''}"
         "</div></body></html>\n"
@@ -249,6 +256,28 @@ def _ranked(point: Point) -> str:
         rows.append(f"<tr{title}>" + _cells(cells, 1) + "</tr>")
     heads = "<th></th><th class=l>strategy</th><th>micro-batch</th><th>recompute</th><th>tokens/s</th><th>memory</th>"  # fmt: skip
     return f'<div class="scroll"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
+
+
+def _other_mathematics(outlook: Outlook, best: Point) -> str:
+    """Apart from what is ranked: what is faster within the loss budget, and everything for one number."""
+    parts = []
+    if within := [(p, p.within) for p in within_budget(outlook)]:
+        parts.append((f"Within {budget(outlook)}, as sync: auto chooses", within))
+    if point := with_others(outlook, best):
+        every = [(point, o) for o in point.found.others]
+        parts.append((f"On {plural(point.devices)}, whatever its loss", every))
+    tables = []
+    for title, found in parts:
+        heads = "".join(f'<th class="{"l" if n == "strategy" else ""}">{n}</th>' for n in OTHER_COLUMNS)  # fmt: skip
+        rows = "".join(
+            f'<tr title="{escape(overrides(o))}">{_cells(other_cells(p, o), 1)}</tr>'
+            for p, o in found
+        )
+        tables.append(f'<p>{escape(title)}</p><div class="scroll"><table><tr>{heads}</tr>{rows}</table></div>')  # fmt: skip
+    if not tables:
+        return ""
+    about = f'<p class="dim">{escape(NOT_EXACT[0].upper() + NOT_EXACT[1:])}.</p>'
+    return f'<div class="grid one"><section><h2>With other mathematics</h2>{about}{"".join(tables)}</section></div>'  # fmt: skip
 
 
 def _cells(cells: Sequence[str], left: int) -> str:

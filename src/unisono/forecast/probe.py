@@ -23,7 +23,7 @@ from unisono.forecast.compute import Work
 from unisono.forecast.constants import DEFAULT, Constants
 from unisono.forecast.cost import Run
 from unisono.forecast.hardware import DTYPE_BYTES, Device
-from unisono.forecast.network import COLLECTIVES, Fabric, Line
+from unisono.forecast.network import COLLECTIVES, Fabric, Line, between
 
 Positive = Field(gt=0, allow_inf_nan=False)
 
@@ -210,6 +210,7 @@ def device_of(probe: Probe) -> Device:
         link_bytes_per_s=max(inside or outside or [1.0]),
         node_bytes_per_s=max(outside or [0.0]),
         source="measured",
+        is_cpu="tf32" not in probe.matmul_flops,  # probe/rates.py tries it on GPUs
     )
 
 
@@ -231,7 +232,7 @@ def fabric_of(probe: Probe, node_bytes_per_s: float | None, constants: Constants
         usual = found.get("all_reduce") or next(iter(found.values()), None)
         if stated is not None:
             usual = Line(usual.hop_s if usual else constants.node_hop_s, stated)
-            return dict.fromkeys(COLLECTIVES, usual)
+            return between(usual, probe.per_node)
         return {name: found.get(name) or usual for name in COLLECTIVES} if usual else {}
 
     inside, outside = lines(False, None), lines(True, node_bytes_per_s)

@@ -5,6 +5,9 @@ model and the machine is tried with every strategy. Memory falls with the micro-
 recomputation, so for each of them only the largest micro-batch that fits and the next smaller are timed:
 some thousand steps of 20 us for a thousand devices. What does not fit is kept with its reason.
 
+Beside them, and never ranked among them, stand ways of other mathematics (OTHERS): codes on the wire, and
+replicas that come together every H steps. What they cost in loss is forecast/penalty.py's.
+
 The global batch stays what the configuration says while every replica has a sequence; beyond, it grows
 by one sequence a replica. Buckets begin at sqrt(S c B) as in a run (sync/link.py).
 """
@@ -12,17 +15,32 @@ by one sequence a replica. Buckets begin at sqrt(S c B) as in a run (sync/link.p
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from unisono.codes import wire_bytes_of
+from unisono.forecast import penalty
 from unisono.forecast.architecture import Architecture
 from unisono.forecast.compute import Recompute, Stack, Work, layer_work
 from unisono.forecast.constants import DEFAULT, Constants
-from unisono.forecast.cost import Mesh, Run, Step, Strategy, compose, trained_values
+from unisono.forecast.cost import STRATEGIES, Mesh, Run, Step, Strategy, compose, trained_values
 from unisono.forecast.hardware import Device
 from unisono.forecast.memory import Memory, memory
 from unisono.forecast.network import Fabric, Line, wire
 from unisono.forecast.probe import Probe, calibrated
 
 RECOMPUTE: list[Recompute] = ["none", "selective", "full"]
+OURS: list[Recompute] = ["none", "full"]
+"""Of them, those of `unisono train`."""
+OTHERS: tuple[dict[str, Any], ...] = (
+    {"strategy": "quantized", "wire": "bfloat16"},
+    {"strategy": "quantized", "wire": "int8"},
+    {"strategy": "quantized", "wire": "int4"},
+    *(
+        {"strategy": "streaming", "wire": "int4", "sync_every": every, "num_fragments": 5}
+        for every in (10, 30, 100)
+    ),
+)
+"""Of other mathematics, by how far they leave one process: what `sync: auto` has (forecast/ladder.py)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class Job:
     """None: whatever is best."""
     stack: Stack = "eager"
     bucket_bytes: float | None = None
+    loss_budget: float | None = 0.005
+    """Within which other mathematics may be taken; None: not at all."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,24 @@ class Option:
     def name(self) -> str:
         return name_of(self.run)
 
+    @property
+    def is_exact(self) -> bool:
+        """Equal to one process, but for the order of sums."""
+        return self.run.strategy in STRATEGIES
+
+    @property
+    def utilization(self) -> float:
+        """What a step takes without its data-parallel synchronization over what it takes with it."""
+        return 1 - self.step.communication / self.step.total
+
+    @property
+    def loss_cost(self) -> float:
+        """Relative to exact at equal tokens; 0 for what is equal to one process."""
+        run = self.run
+        if run.strategy == "streaming":
+            return penalty.of_interval(run.mesh.data, run.model.parameters, run.sync_every)
+        return penalty.of_rounding(run.wire) if run.strategy == "quantized" else 0.0
+
 
 @dataclass(frozen=True)
 class Misfit:
@@ -98,9 +136,12 @@ class Found:
 
     devices: int
     options: tuple[Option, ...]
+    """Of exact mathematics."""
     misfits: tuple[Misfit, ...]
     evaluated: int
     """Steps that were timed."""
+    others: tuple[Option, ...] = ()
+    """The best of each other mathematics, in the order of OTHERS."""
 
 
 def name_of(run: Run) -> str:
@@ -110,16 +151,29 @@ def name_of(run: Run) -> str:
     if run.strategy == "fsdp":
         base = f"hsdp {mesh.replica} x {mesh.shard}" if mesh.replica > 1 else f"fsdp {mesh.shard}"
     elif mesh.data > 1:
-        base = f"{run.strategy} {mesh.data}"
+        base = f"{_method(run)} {mesh.data}"
     axes = (("tensor", mesh.tensor), ("pipeline", mesh.pipeline), ("context", mesh.context))
     extra = "".join(f", {label} {size}" for label, size in axes if size > 1)
     return "one device" if mesh.size == 1 else base + extra
 
 
+def _method(run: Run) -> str:
+    """`quantized int8`, `streaming every 30`."""
+    if run.strategy == "streaming":
+        return f"streaming every {run.sync_every}"
+    if run.strategy == "quantized":
+        return f"exact {run.wire}" if run.wire == "bfloat16" else f"quantized {run.wire}"
+    return run.strategy
+
+
 def runs_here(run: Run) -> bool:
     """Whether `unisono train` does this itself."""
     mesh = run.mesh
-    known = ("exact", "fsdp") if mesh.tensor * mesh.context > 1 else ("exact", "ddp", "fsdp")
+    known = {"exact", "fsdp"}
+    if mesh.tensor == 1:
+        known |= {"quantized"}
+    if mesh.tensor * mesh.context == 1:
+        known |= {"ddp", "streaming"}
     return mesh.pipeline == 1 and run.strategy in known and run.recompute != "selective"
 
 
@@ -133,6 +187,12 @@ def overrides(option: Option) -> str:
     if run.strategy == "fsdp":
         words.append("sync=sharded")
         axes = {"replica": run.mesh.replica, "shard": run.mesh.shard, **axes}
+    elif run.strategy == "streaming":
+        words += [f"sync=streaming wire={run.wire} streaming.sync_every={run.sync_every}"]
+        words += [f"streaming.num_fragments={run.num_fragments} streaming.fragment_sync_delay=1"]
+    elif run.strategy == "quantized":
+        sync = "exact shard_optimizer=true" if run.wire == "bfloat16" else "quantized"
+        words += [f"sync={sync} wire={run.wire} bucket_mb={run.bucket_bytes / 2**20:.3g}"]
     else:
         words += [f"sync={run.strategy}", f"bucket_mb={run.bucket_bytes / 2**20:.3g}"]
     words += [f"mesh.{axis}={size}" for axis, size in axes.items()]
@@ -148,6 +208,7 @@ def counts(low: int, high: int) -> list[int]:
 def search(job: Job, machine: Machine, devices: int, constants: Constants = DEFAULT) -> Found:
     """Every strategy on `devices` devices; the fastest first, by tokens a second."""
     options: dict[str, Option] = {}
+    others: dict[str, Option] = {}
     misfits: list[Misfit] = []
     evaluated = 0
     room = constants.usable_memory * machine.device.memory_bytes
@@ -155,17 +216,20 @@ def search(job: Job, machine: Machine, devices: int, constants: Constants = DEFA
     for mesh in meshes(job, machine.device, devices):
         batch = job.per_device * devices if job.per_device else max(job.global_batch, mesh.data)
         rows = math.ceil(batch / mesh.data)
-        for strategy in strategies(mesh, job.model):
-            base = Run(
-                job.model, job.sequence, 1, rows, mesh, strategy, job.dtype, job.gradient_bytes,
-                bucket_bytes=job.bucket_bytes or 25 * 2**20, stack=job.stack,
-                weight_bytes=job.weight_bytes, scatter_once=True,
-            )  # fmt: skip
+        plain = Run(
+            job.model, job.sequence, 1, rows, mesh, "exact", job.dtype, job.gradient_bytes,
+            bucket_bytes=job.bucket_bytes or 25 * 2**20, stack=job.stack,
+            weight_bytes=job.weight_bytes, scatter_once=True,
+        )  # fmt: skip
+        ways = [{"strategy": strategy} for strategy in strategies(mesh, job.model)]
+        for base in [replace(plain, **way) for way in (*ways, *_others(job, mesh))]:
+            exact = base.strategy in STRATEGIES
+            kinds, known_by = (RECOMPUTE, options) if exact else (OURS, others)
             if job.bucket_bytes is None:
                 base = replace(base, bucket_bytes=_bucket(base, machine.fabric))
             fitted = False
             least = math.inf
-            for recompute in [job.recompute] if job.recompute else RECOMPUTE:
+            for recompute in [job.recompute] if job.recompute else kinds:
                 tried = 0
                 for micro in [job.micro_batch] if job.micro_batch else _halves(rows, mesh):
                     run = replace(
@@ -184,15 +248,15 @@ def search(job: Job, machine: Machine, devices: int, constants: Constants = DEFA
                     tried += 1
                     fitted = True
                     option = Option(run, step, held, batch)
-                    known = options.get(option.name)
+                    known = known_by.get(option.name if exact else _method(run))
                     if known is None or option.tokens_per_s > known.tokens_per_s:
-                        options[option.name] = option
+                        known_by[option.name if exact else _method(run)] = option
                     if tried == 2:
                         break
-            if not fitted:
+            if not fitted and exact:
                 misfits.append(Misfit(name_of(base), least, room))
     ranked = sorted(options.values(), key=lambda o: (-o.tokens_per_s, o.memory.total))
-    return Found(devices, tuple(ranked), tuple(misfits), evaluated)
+    return Found(devices, tuple(ranked), tuple(misfits), evaluated, tuple(others.values()))
 
 
 def strategies(mesh: Mesh, model: Architecture) -> Sequence[Strategy]:
@@ -204,6 +268,20 @@ def strategies(mesh: Mesh, model: Architecture) -> Sequence[Strategy]:
     if mesh.shard > 1:
         return ("fsdp",)
     return ("exact", "ddp", "zero1", "zero2")
+
+
+def _others(job: Job, mesh: Mesh) -> Sequence[dict[str, Any]]:
+    """Of OTHERS, those that run on this mesh; adapters have little to send."""
+    apart = mesh.shard * mesh.tensor * mesh.pipeline > 1 or mesh.data == 1
+    if job.loss_budget is None or apart or job.model.adapters:
+        return ()
+    narrow = job.gradient_bytes < 4  # asked for
+    return [
+        way
+        for way in OTHERS
+        if (mesh.context == 1 or way["strategy"] == "quantized")
+        and not (narrow and way["wire"] == "bfloat16")
+    ]
 
 
 def meshes(job: Job, device: Device, devices: int) -> Iterator[Mesh]:
@@ -285,9 +363,11 @@ def _work(run: Run, machine: Machine, constants: Constants) -> Work:
 
 
 def _bucket(run: Run, fabric: Fabric) -> float:
-    """sqrt(S c B), between 1 and 64 MiB: as in sync/link.py."""
+    """sqrt(S c B), between 1 and 64 MiB: as in sync/link.py. Of codes B is that of the values they stand for."""
     w = wire(fabric, run.mesh.holders, run.mesh.tensor)
     held = trained_values(run) * run.gradient_bytes
+    if run.strategy == "quantized":
+        held = trained_values(run) * 4 * 4 / wire_bytes_of(run.wire)
     best = math.sqrt(held * w.latency_s["all_reduce"] * w.bytes_per_s["all_reduce"])
     return min(64.0, max(1.0, best / 2**20)) * 2**20
 

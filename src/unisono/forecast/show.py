@@ -1,13 +1,14 @@
 """An outlook on the terminal: the curve, where it bends, and for one number of devices every option."""
 
 import math
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from unisono.forecast.outlook import SHOWN, Knee, Outlook, Point, knee, runs_here
-from unisono.forecast.search import Machine, overrides
+from unisono.forecast.search import Machine, Option, overrides
 
 
 def show(outlook: Outlook, detail: int | None = None) -> RenderableType:
@@ -20,6 +21,7 @@ def show(outlook: Outlook, detail: int | None = None) -> RenderableType:
         Text(head(outlook)), Text(), curve(outlook), Text(),
         *[Text(line) for line in bends(outlook, bend)], Text(),
         *[Text(line) for line in recommended(chosen, outlook.machine)], Text(), options(chosen),
+        *other_mathematics(outlook, chosen),
         *[Text(f"does not fit: {line}", style="dim") for line in misfits(chosen)],
     )  # fmt: skip
 
@@ -117,6 +119,80 @@ def options(point: Point) -> Table:
             size(o.memory.total),
         )  # fmt: skip
     return table
+
+
+OTHER_COLUMNS = (
+    "devices", "strategy", "tokens/s", "x exact", "effic.", "busy", "loss", "memory",
+)  # fmt: skip
+NOT_EXACT = "not equal to one process; loss is against exact at equal tokens"
+
+
+def other_mathematics(outlook: Outlook, chosen: Point) -> list[RenderableType]:
+    """What `sync: auto` would take where exact does not keep the devices busy, and all of it for one number."""
+    shown: list[RenderableType] = []
+    within = within_budget(outlook)
+    if within:
+        shown += [
+            Text(),
+            Text(
+                f"with other mathematics, within {budget(outlook)} as sync: auto chooses ({NOT_EXACT})"
+            ),
+        ]
+        shown.append(_others([(p, p.within) for p in within]))
+        best = max(within, key=lambda p: p.within.tokens_per_s)
+        shown.append(
+            Text(f"  on {plural(best.devices)}: unisono train CONFIG {overrides(best.within)}")
+        )
+    point = with_others(outlook, chosen)
+    if point is not None:
+        shown += [
+            Text(),
+            Text(
+                f"on {plural(point.devices)} with other mathematics, whatever its loss ({NOT_EXACT})"
+            ),
+        ]
+        shown.append(_others([(point, o) for o in point.found.others]))
+        shown.append(Text(f"  {point.within.name}: {point.within_why}"))
+    return shown
+
+
+def within_budget(outlook: Outlook) -> list[Point]:
+    """Where other mathematics within the loss budget is faster, and exact is not busy enough."""
+    return [p for p in outlook.points if p.within is not p.option]
+
+
+def with_others(outlook: Outlook, chosen: Point) -> Point | None:
+    """`chosen`, or where it has no other mathematics (one device) the point at which it gives most."""
+    if chosen.found.others:
+        return chosen
+    having = within_budget(outlook) or [p for p in outlook.points if p.found.others]
+    return max(having, key=lambda p: p.within.tokens_per_s, default=None)
+
+
+def _others(rows: Sequence[tuple[Point, Option]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    for name in OTHER_COLUMNS:
+        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*other_cells(*row))
+    return table
+
+
+def other_cells(point: Point, other: Option) -> tuple[str, ...]:
+    """As OTHER_COLUMNS."""
+    gain = other.tokens_per_s / point.option.tokens_per_s
+    return (
+        f"{point.devices:,}", other.name, count(other.tokens_per_s),
+        f"{gain:.2f}", f"{gain * point.efficiency:.1%}", f"{other.utilization:.1%}", loss(other.loss_cost), size(other.memory.total),
+    )  # fmt: skip
+
+
+def loss(cost: float) -> str:
+    return "0" if not cost else f"+{cost:.2%}" if cost < 1 else "over +100%"
+
+
+def budget(outlook: Outlook) -> str:
+    return f"a loss of {outlook.job.loss_budget or 0.0:.2%}"
 
 
 def misfits(point: Point) -> list[str]:

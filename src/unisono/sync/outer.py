@@ -57,6 +57,12 @@ class Outer:
         since = (step - (fragment + 1) * self._apart) % self.sync_every
         return step - since + self.fragment_sync_delay
 
+    def times(self, fragment: int) -> int:
+        """That `fragment` travels between `first_step` and the end: with each round, and with the last step."""
+        offset, every = (fragment + 1) * self._apart, self.sync_every
+        turns = (self.last_step - offset) // every - (self.first_step - offset) // every
+        return turns + (not self.begins(fragment, self.last_step))
+
     @property
     def _apart(self) -> int:
         return self.sync_every // self.num_fragments

@@ -16,7 +16,7 @@ Memory: as exact, plus E and Q.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
@@ -231,6 +231,39 @@ class PowerSGD(Whole):
             for k, i in enumerate(stack.indices)
         )
         yield from chain(super().replicated(), q)
+
+    @property
+    def exact_steps(self) -> int:
+        """That are yet to come before the first one of low rank."""
+        return max(0, self._start - self._updates)
+
+    @property
+    def values(self) -> tuple[int, int, int, int]:
+        """How many there are whole, in M of all thin ones, in their P, and in their Q."""
+        whole = sum(self.params[i].numel() for i in self._rest)
+        m, q = (sum(t.numel() for t in ts) for ts in zip(*((s.left, s.q) for s in self._stacks), strict=True)) if self._stacks else (0, 0)  # fmt: skip
+        p = sum(s.left.shape[0] * s.left.shape[1] * s.q.shape[2] for s in self._stacks)
+        return whole, m, p, q
+
+    @torch.no_grad()
+    def rehearse(self, clock: Callable[[], float]) -> tuple[float, float, float]:
+        """Seconds by `clock` of what a step computes beside communicating, on gradients of zero and nothing
+        kept: M Q, then orthonormal P and M^T P, then P Q^T."""
+        at = [clock()]
+        for stack in self._stacks:
+            none = [None] * (1 + max(stack.indices))
+            stack.left_products(none)
+        at.append(clock())
+        found = [
+            s.right_products(torch.ones_like(s.left[..., : s.q.shape[2]])) for s in self._stacks
+        ]
+        at.append(clock())
+        for stack, q in zip(self._stacks, found, strict=True):
+            stack.sums(q, self.replicas)
+        at.append(clock())
+        for stack in self._stacks:
+            stack.drop()
+        return at[1] - at[0], at[2] - at[1], at[3] - at[2]
 
     def close(self) -> None:
         """Collective: hooks and groups go, gradients stay where they are."""

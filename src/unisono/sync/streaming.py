@@ -131,6 +131,16 @@ class Streaming(Whole):
         names = [self.named[i][0] for i in indices]
         return Fragment(names, params, outer, velocity, feedback, [p.data for p in params])
 
+    @property
+    def outer(self) -> Outer:
+        """How replicas come together."""
+        return self._outer
+
+    @property
+    def fragment_values(self) -> list[int]:
+        """Of each fragment, how many it has."""
+        return [f.values for f in self._fragments]
+
     # --- the seam
 
     @contextmanager

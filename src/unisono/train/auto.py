@@ -9,7 +9,6 @@ take the same rung at the same step.
 
 import math
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -41,7 +40,7 @@ from unisono.probe.rates import memory_bytes_per_s
 from unisono.sync.codec import make_codec
 from unisono.sync.ledger import Group
 from unisono.sync.link import LARGE_BYTES, NARROW_BUSY_S, Link, measure_link
-from unisono.train.facts import lanes_on, quick_passes, tensors_of
+from unisono.train.facts import codec_s, lanes_on, quick_passes, tensors_of
 from unisono.train.together import attempt
 from unisono.train.trial import seconds_of_pass
 from unisono.world import World, cores
@@ -50,8 +49,6 @@ CODECS = ("int8", "int4")
 WIRES = ("float32", "bfloat16", *CODECS)
 QUICK_BYTES = 16 << 20
 """To see how fast memory is."""
-SAMPLE = 1 << 20
-"""Values that are coded to time it."""
 LOOK_SHARE = 0.005
 LOOK_STEPS = 10
 """At least so many steps lie between two looks."""
@@ -140,10 +137,15 @@ def situation_of(
     tokens of its step; `whole`: exact would send whole gradients; `per_core`: ranks that share a core."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     rate = memory_bytes_per_s(device, QUICK_BYTES)
-    table = votes.each(pass_s, rate, float(rows), *(_codec_s(name, device) for name in CODECS))
+    tensors = tensors_of(model)
+    table = votes.each(
+        pass_s,
+        rate,
+        float(rows),
+        *(sum(codec_s(make_codec(name), tensors.total, device)) for name in CODECS),
+    )
     pass_s, rate, *_ = table.mean(dim=0).tolist()
     _, _, most, *worst = table.amax(dim=0).tolist()
-    tensors = tensors_of(model)
     return Situation(
         tensors,
         quick_passes(pass_s, accumulation, tensors.total, "adamw", rate, votes.size),
@@ -153,7 +155,7 @@ def situation_of(
         int(most),
         int(embedding.shape[-1]),
         whole,
-        {name: s * tensors.total / SAMPLE for name, s in zip(CODECS, worst, strict=True)},
+        dict(zip(CODECS, worst, strict=True)),
         NARROW_BUSY_S if device == "cpu" else 0.0,
     )
 
@@ -169,21 +171,6 @@ def _rows_of(blocks: Any, rows: int) -> int:
         return 0
     batch = blocks.read([k % len(blocks) for k in range(rows)])
     return len(np.unique(np.asarray(batch.input_ids)))
-
-
-def _codec_s(name: str, device: str) -> float:
-    """To encode and decode SAMPLE values."""
-    codec = make_codec(name)
-    values = torch.linspace(-1, 1, SAMPLE, device=device)
-    out = torch.empty_like(values)
-    best = math.inf
-    for _ in range(3):
-        began = time.perf_counter()
-        codec.decode(codec.encode(values, 1), out)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return best
 
 
 @dataclass

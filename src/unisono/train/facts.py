@@ -3,6 +3,8 @@
 Made of a quick look where no probe has measured more; forecast/replay.py makes a step of them.
 """
 
+from typing import Any
+
 import torch
 
 from unisono.forecast.constants import DEFAULT
@@ -10,13 +12,44 @@ from unisono.forecast.cost import slowest
 from unisono.forecast.overlap import Lane
 from unisono.forecast.probe import FACTOR, Probe
 from unisono.forecast.replay import FAIR, Passes, Tensors, lanes_of
+from unisono.probe.rates import best_s
+from unisono.sync.codec import Codec
 from unisono.sync.link import Link
+from unisono.train.state import for_muon
 
 GLOO_BYTES_PER_S = 1e9
 """What gloo moves with a core to itself (two unshaped hosts of one core: 0.9 to 1.1 GB/s,
 benchmarks/grid.py): a link of as much leaves half a core to the compute beside it. A probe measures it."""
 FORWARD = 1 / 3
 """Of a pass, where it was timed as a whole: 2 of 6 operations a value (Kaplan 2020)."""
+
+
+SAMPLE = 1 << 20
+"""Values that are coded to time it."""
+
+
+def codec_s(codec: Codec, values: int, device: str) -> tuple[float, float]:
+    """(seconds to encode, to decode) `values`, as SAMPLE of them were."""
+    sample = torch.linspace(-1, 1, SAMPLE, device=device)
+    out, code = torch.empty_like(sample), codec.encode(sample)
+    encode_s = best_s(lambda: codec.encode(sample, 1), device, repeats=2)
+    decode_s = best_s(lambda: codec.decode(code, out), device, repeats=2)
+    return encode_s * values / SAMPLE, decode_s * values / SAMPLE
+
+
+def muon_s(model: torch.nn.Module, device: str) -> float:
+    """A step of Muon on all matrices that it steps, one of each shape timed: how fast five products in a row are
+    depends on the shape, and on whether bfloat16 is quick here."""
+    shapes: dict[torch.Size, int] = {}
+    for p in for_muon(model):
+        shapes[p.shape] = shapes.get(p.shape, 0) + 1
+    total_s = 0.0
+    for shape, count in shapes.items():
+        matrix = torch.nn.Parameter(torch.ones(shape, device=device))
+        matrix.grad = torch.linspace(-1, 1, matrix.numel(), device=device).view(shape)
+        optimizer: Any = torch.optim.Muon([matrix], lr=1e-6, adjust_lr_fn="match_rms_adamw")
+        total_s += count * best_s(optimizer.step, device, repeats=2)
+    return total_s
 
 
 def tensors_of(

@@ -1,5 +1,9 @@
 """A run's own forecast, made before its first step, and what became of it: forecast.json.
 
+Of strategies that do not send in every step what is foretold is a step on average over the run: time by
+forecast/rounds.py, bytes counted over all steps that are left. What codecs, Muon and PowerSGD's products cost is
+timed here, on this run's own shapes.
+
 Known at the start are the plan, the link (a probe's, or the quick look that chose the buckets), and
 the pass: a probe of this very model and micro-batch, or the baseline that every run times without
 communication (then what ranks wait for the slowest is the cost model's jitter). forecast/replay.py
@@ -8,7 +12,8 @@ touched again.
 """
 
 import statistics
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,16 +21,21 @@ import torch
 
 from unisono.clock import STEP_PHASES
 from unisono.codes import wire_bytes_of
+from unisono.forecast.overlap import Lane, Segment, Transfer, play
 from unisono.forecast.probe import Probe
 from unisono.forecast.replay import Foretold, Passes, System, Tensors, foretell
-from unisono.observe.environment import peak_memory_bytes
+from unisono.forecast.rounds import OUTER_BYTES, average_step_s
+from unisono.observe.environment import memory_bytes, peak_memory_bytes
 from unisono.observe.noise import Meter
 from unisono.observe.receipt import Receipt
-from unisono.plan import LOCAL
-from unisono.probe.rates import memory_bytes_per_s
+from unisono.probe.rates import memory_bytes_per_s, synchronize
+from unisono.sync.codec import make_codec
 from unisono.sync.link import NARROW_BUSY_S, measure_link
+from unisono.sync.outer import gathers, sent_bytes
+from unisono.sync.powersgd import PowerSGD
+from unisono.sync.streaming import Streaming
 from unisono.sync.zero import TABLE_BYTES, TABLE_SHARE
-from unisono.train.facts import lanes_on, quick_passes, tensors_of
+from unisono.train.facts import codec_s, lanes_on, muon_s, quick_passes, tensors_of
 from unisono.train.job import Job
 from unisono.train.trial import Baseline
 from unisono.train.vote import Ballot, pack
@@ -78,12 +88,6 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     """
     if job.online:
         return "how long completions will be is not known"
-    if job.config.sync in LOCAL:
-        return f"{job.config.sync} sends in some steps and not in others, which is not foretold"
-    if job.config.optim == "muon":
-        return "what Muon costs is not known"
-    if job.config.sync == "powersgd":
-        return "powersgd is not foretold"
     plan, votes, world = job.plan, job.votes, job.world
     link = job.link
     if link is None and world.size > 1:
@@ -94,7 +98,8 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     if rows is None:
         return "a batch could not be read"
     width = job.model.get_input_embeddings().weight.shape[-1]
-    peak = int(votes.each(float(peak_memory_bytes(world.device))).max())
+    extra = _extra(job, tensors)
+    peak = int(votes.each(_peak_bytes(job, tensors)).max())
     probe = job.probe
     mesh, system, across_s = plan.mesh, _system(job), 0.0
     holders = mesh.holders
@@ -115,12 +120,20 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     if probe:  # what it measured was shared already
         per_core /= max(1.0, probe.per_node * probe.threads / cores())
     lanes, lanes_from = lanes_on(probe, link, holders, world.device, per_core)
-    step = foretell(
-        system, tensors, passes, lanes, holders,
-        wire_bytes=wire_bytes_of(job.config.wire), bucket_bytes=plan.bucket_mb * 2**20,
-        rows=rows, width=width, votes=len(pack(Ballot(), 0, world.size, plan.micro_batches, 0)) + Meter.TOLD,
-        bucket_s=NARROW_BUSY_S if world.device == "cpu" else 0.0,
-    )  # fmt: skip
+    if job.config.optim == "muon":
+        passes = replace(passes, optimizer_s=passes.optimizer_s * _by_adamw(job) + extra.muon_s)
+    votes_told = len(pack(Ballot(), 0, world.size, plan.micro_batches, 0)) + Meter.TOLD
+    if isinstance(job.sync, Streaming):
+        step = _rounds(job, job.sync, passes, lanes, extra, votes_told)
+    else:
+        step = foretell(
+            system, tensors, passes, lanes, holders,
+            wire_bytes=wire_bytes_of(job.config.wire), bucket_bytes=plan.bucket_mb * 2**20,
+            rows=rows, width=width, votes=votes_told, codec_s=extra.encode_s + extra.decode_s,
+            bucket_s=NARROW_BUSY_S if world.device == "cpu" else 0.0,
+        )  # fmt: skip
+    if isinstance(job.sync, PowerSGD) and holders > 1:
+        step = _low_rank(job, job.sync, passes, lanes, extra, votes_told, step)
     step = replace(
         step,
         communication=step.communication + plan.accumulation * across_s,
@@ -134,9 +147,131 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
         step,
         tokens / step.total,
         alone_s / step.total,
-        peak + _state_bytes(job, tensors, system),
-        {"pass": passes_from, "link": lanes_from},
+        peak,
+        {"pass": passes_from, "link": lanes_from, **extra.sources},
     )
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Seconds of what only some strategies and optimizers compute; means over ranks."""
+
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    """Of as many values as the model trains."""
+    muon_s: float = 0.0
+    products_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """PowerSGD: M Q; orthonormal P and M^T P; P Q^T."""
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+def _extra(job: Job, tensors: Tensors) -> Extra:
+    """Collective: timed here, on shapes of this run."""
+    sync, device, sources = job.sync, job.world.device, {}
+    encode_s = decode_s = muon = 0.0
+    products_s = (0.0, 0.0, 0.0)
+    codec = sync.outer.codec if isinstance(sync, Streaming) else None
+    if job.config.sync == "quantized":
+        codec = make_codec(job.config.wire)
+    if codec is not None and job.world.size > 1:
+        encode_s, decode_s = codec_s(codec, tensors.total, device)
+        sources["codec"] = f"{codec.name}, timed at the start"
+    if job.config.optim == "muon":
+        muon = muon_s(job.model, device)
+        sources["optimizer"] = "a step of Muon on a matrix of each shape, timed at the start"
+    if isinstance(sync, PowerSGD) and job.world.size > 1:
+
+        def clock() -> float:
+            synchronize(device)
+            return time.perf_counter()
+
+        sync.rehearse(clock)  # warms up
+        products_s = sync.rehearse(clock)
+        sources["products"] = "PowerSGD's, timed at the start"
+    own = job.votes.each(encode_s, decode_s, muon, *products_s).mean(dim=0).tolist()
+    return Extra(own[0], own[1], own[2], (own[3], own[4], own[5]), sources)
+
+
+def _by_adamw(job: Job) -> float:
+    """Of what is trained, the share that Muon leaves to AdamW."""
+    assert job.facts is not None
+    return 1 - job.facts.orthogonal / max(1, job.facts.trainable)
+
+
+def _rounds(
+    job: Job, sync: Streaming, passes: Passes, lanes: dict[str, Lane], extra: Extra, votes: int
+) -> Foretold:
+    """A step on average where replicas step alone and come together every so many steps."""
+    rule, n = sync.outer, sync.replicas
+    compute_s = passes.accumulation * (passes.forward_s + passes.backward_s)
+    alone_s = compute_s + passes.optimizer_s + passes.waiting_s
+    steps = job.plan.max_steps - job.progress.step
+    sent = steps * _all_reduced(8 * (votes + 1), n)
+    handling_s = OUTER_BYTES / 8 * passes.pack_s
+    total_s, parts = 0.0, sync.fragment_values
+    for k, values in enumerate(parts):
+        if n == 1:
+            total_s += alone_s + handling_s / rule.sync_every
+            continue
+        nbytes = sent_bytes(values, n, rule.codec, rule.only_gather)
+        sent += nbytes * rule.times(k)
+        at_once = gathers(values, n, rule.codec, rule.only_gather)
+        lane = lanes["all_gather"]
+        seconds = lane.seconds(nbytes)
+        if not at_once:
+            seconds = lanes["all_to_all"].seconds(nbytes / 2) + lane.seconds(nbytes / 2)
+        encodes, decodes = (1.0, n) if at_once else (1 + 1 / n, 2)
+        share = values / sum(parts) * len(parts)  # of the mean fragment
+        total_s += average_step_s(
+            alone_s, Transfer(seconds, lane),
+            every=rule.sync_every, fragments=len(parts), delay=rule.fragment_sync_delay,
+            vote_s=lanes["all_reduce"].latency_s,
+            handling_s=share * (encodes * extra.encode_s + decodes * extra.decode_s + handling_s),
+        )  # fmt: skip
+    return Foretold(
+        compute_s,
+        total_s / len(parts) - alone_s,
+        passes.waiting_s,
+        passes.optimizer_s,
+        sent / steps,
+    )
+
+
+def _low_rank(
+    job: Job, sync: PowerSGD, passes: Passes, lanes: dict[str, Lane], extra: Extra, votes: int,
+    exact: Foretold,
+) -> Foretold:  # fmt: skip
+    """A step on average over those that are left: the first ones are `exact`, in the others thin products
+    travel one after the other behind the backward pass, and what travels whole beside the first of them."""
+    n, (whole, _, p, q) = sync.replicas, sync.values
+    lane = lanes["all_reduce"]
+    rest, lefts, rights = (
+        Transfer(lane.seconds(_all_reduced(4 * v, n)), lane) for v in (whole, p, q)
+    )
+    left_s, right_s, sum_s = extra.products_s
+    compute_s = passes.accumulation * (passes.forward_s + passes.backward_s)
+    copies_s = 2 * passes.pack_s  # norms; into flat memory and back, or added to what is left
+    segments = [
+        Segment(compute_s + copies_s, sends=(0,)), Segment(left_s, sends=(1,)), Segment(0.0, needs=(1,)),
+        Segment(right_s, sends=(2,)), Segment(0.0, needs=(2,)), Segment(sum_s),
+    ]  # fmt: skip
+    lost_s = play(segments, [rest, lefts, rights]) - compute_s
+    scalars = 8 * (votes + len(sync.params))
+    sent = sum(_all_reduced(b, n) for b in (scalars, 4 * whole, 4 * p, 4 * q))
+    steps = job.plan.max_steps - job.progress.step
+    first = min(1.0, sync.exact_steps / steps)
+    return Foretold(
+        compute_s,
+        first * exact.communication + (1 - first) * lost_s,
+        passes.waiting_s,
+        passes.optimizer_s,
+        first * exact.sent_bytes + (1 - first) * sent,
+    )
+
+
+def _all_reduced(nbytes: int, ranks: int) -> int:
+    """Bytes that a rank sends, as the ledger counts them."""
+    return 2 * nbytes * (ranks - 1) // ranks
 
 
 def _shared_pass(job: Job) -> tuple[float, float]:
@@ -162,6 +297,8 @@ def _system(job: Job) -> System:
     sync = job.config.sync
     if sync in ("exact", "quantized"):
         return "shards" if job.plan.shard_optimizer else "whole"
+    if sync in ("streaming", "sparse", "powersgd"):
+        return "whole"
     return "sharded" if sync == "sharded" else "ddp"
 
 
@@ -229,19 +366,45 @@ def _rows_looked_up(job: Job) -> int | None:
     return None if table[:, 0].any() else round(float(table[:, 1:].amax(dim=0).mean()))
 
 
+def _peak_bytes(job: Job, tensors: Tensors) -> float:
+    """Of this process. A pass has been made without communicating, and what the strategy keeps is there: the
+    peak so far and what is new in a step, or what is there now and all that the update needs at once."""
+    device, new = job.world.device, _state_bytes(job, tensors, _system(job))
+    under_way, at_once = _passing_bytes(job, tensors)
+    return max(peak_memory_bytes(device) + new + under_way, memory_bytes(device) + new + at_once)
+
+
+def _passing_bytes(job: Job, tensors: Tensors) -> tuple[int, int]:
+    """(beside a forward and backward pass, in the update) what a strategy holds for a while."""
+    sync = job.sync
+    if isinstance(sync, Streaming):
+        n, rule, largest = sync.replicas, sync.outer, max(sync.fragment_values)
+        if n == 1:
+            return 0, 8 * largest
+        codes = 2 * n * rule.codec.encoded_bytes(-(-largest // n))
+        if gathers(largest, n, rule.codec, rule.only_gather):
+            codes = (n + 1) * rule.codec.encoded_bytes(largest)
+        return codes * bool(rule.fragment_sync_delay), codes + 8 * largest
+    if isinstance(sync, PowerSGD) and sync.replicas > 1:
+        whole, m, *_ = sync.values
+        return 0, 4 * (tensors.total + whole + 2 * m)  # gradients, those that go whole, M, the sums
+    return 0, 0
+
+
 def _state_bytes(job: Job, tensors: Tensors, system: System) -> int:
     """What comes on top in the first steps: the optimizer's state, and masters of bfloat16 weights."""
-    moments = {"adamw": 2, "sgd": int(job.config.momentum > 0)}[job.config.optim]
     if job.progress.step:  # resumed: it is there
         return 0
+    moments = {"adamw": 2, "sgd": int(job.config.momentum > 0), "muon": 2}[job.config.optim]
     mesh = job.plan.mesh
     owners = {"whole": 1, "ddp": 1, "sharded": mesh.shard * mesh.context}.get(system, mesh.holders)
     own = 1 / owners
     narrow = system == "shards" and job.config.wire != "float32"
     sharded = sum(tensors.sizes) + (0 if system == "shards" else tensors.table)
     whole = tensors.table if system == "shards" else 0
-    feedback = (1 - own) * tensors.total if job.config.wire == "int4" else 0.0
-    return int(4 * ((moments + narrow) * own * sharded + moments * whole + feedback))
+    feedback = (1 - own) * tensors.total if system == "shards" and job.config.wire == "int4" else 0
+    once = job.facts.orthogonal if job.facts else 0  # Muon has one moment
+    return int(4 * ((moments + narrow) * own * sharded + moments * whole + feedback - once))
 
 
 # --- afterwards

@@ -4,6 +4,7 @@
 "use strict";
 const byId = (id) => document.getElementById(id);
 const live = document.documentElement.hasAttribute("data-live");
+let gone = ""; // when a live page was last answered, once nobody answers
 let data = JSON.parse(byId("data").textContent);
 const chosen = { run: 0, step: {}, view: {}, open: new Set() };
 
@@ -659,9 +660,11 @@ function plan(rows) {
   return [decided.length > 0 && table(["", "value", "reason"], decided, "plan", ["", "why"]),
     rest.length > 0 && el("figure", {}, el("figcaption", {}, el("h3", {}, "As given, or following from it")), facts(rest))];
 }
+const state = ({ kind, text }) => (gone && kind === "open"
+  ? el("span", { class: "state gone" }, `${text}, last seen ${gone}`) : el("span", { class: `state ${kind}` }, text));
 function showRun(run) {
   const parts = [
-    el("h1", {}, run.name, el("span", { class: `state ${run.state.kind}` }, run.state.text)),
+    el("h1", {}, run.name, state(run.state)),
     el("p", { class: "subtitle" }, run.subtitle),
     run.tiles.length ? tiles(run.tiles) : null,
   ];
@@ -729,7 +732,9 @@ function render() {
   figures = [];
   const main = byId("main");
   main.replaceChildren(...views[chosen.run].show().filter(Boolean), el("footer", {}, "Every number comes from the run's own files."));
-  byId("made").textContent = new Date(data.made).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+  byId("made").textContent = gone ? `no answer since ${gone}: the run has ended or cannot be reached`
+    : live ? `live, ${new Date(data.made).toLocaleTimeString("en-GB")}`
+    : new Date(data.made).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
   for (const f of figures) f.width = 0;
   redraw();
 }
@@ -744,22 +749,27 @@ render();
 // --- live: ask for newer data, and say when nobody answers
 
 if (live) {
-  let seen = null, failures = 0;
+  const now = () => new Date().toLocaleTimeString("en-GB");
+  let seen = null, failures = 0, answered = now();
   const ask = async () => {
     if (!document.hidden) {
+      let changed = false;
       try {
         const answer = await fetch("data.json", { cache: "no-store", headers: seen ? { "If-None-Match": seen } : {} });
-        failures = 0;
         if (answer.status === 200) {
+          data = await answer.json(); // may break off half-way
           seen = answer.headers.get("ETag");
-          data = await answer.json();
-          if (tip.hidden) render(); else later = render;
+          changed = true;
         }
+        failures = 0;
+        answered = now();
       } catch (error) {
         failures += 1;
       }
-      if (failures) byId("made").textContent = `no answer since ${new Date(data.made).toLocaleTimeString("en-GB")}: the run has ended or cannot be reached`;
-      else byId("made").textContent = `live, ${new Date(data.made).toLocaleTimeString("en-GB")}`;
+      const last = failures ? answered : "";
+      changed ||= last !== gone;
+      gone = last;
+      if (changed) { if (tip.hidden) render(); else later = render; }
     }
     setTimeout(ask, failures ? Math.min(30000, 2000 * 2 ** failures) : 2000);
   };
