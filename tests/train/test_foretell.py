@@ -1,6 +1,7 @@
 """Every finished run has its forecast, made before its first step, beside what was measured."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,31 @@ def test_a_run_writes_its_forecast_before_and_the_measurement_after(
         # bfloat16), and more is told in it.
         assert found["sent_bytes_per_step"] == pytest.approx(measured["sent_bytes_per_step"], rel=0.15)  # fmt: skip
     assert any(line.startswith("forecast:") and "measured" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"shard": 2},
+        {"replica": 2, "shard": 2},
+        {"shard": 2, "context": 2},
+        {"shard": 2, "tensor": 2},
+        {"replica": 2, "tensor": 2},
+    ],
+    ids=lambda mesh: "x".join(mesh),
+)
+def test_sharded_meshes_are_foretold(tmp_path: Path, mesh: dict) -> None:
+    config = make_job(
+        write_corpus(tmp_path), tmp_path / "run", max_steps=6, baseline_steps=1, global_batch_size=8,
+        micro_batch_size=2, probe="none", save_steps=100, sync="sharded", mesh=mesh,
+    )  # fmt: skip
+    size = math.prod(mesh.values())
+    (end, _, receipt), _ = run_ranks(first_then_run, size, config, join=False)[0]
+    assert end == "done" and receipt is not None
+    found = json.loads((tmp_path / "run/forecast.json").read_text())
+    measured = found["measured"]
+    assert found["sent_bytes_per_step"] == pytest.approx(measured["sent_bytes_per_step"], rel=0.002)
+    assert found["memory_bytes"] == pytest.approx(measured["memory_bytes"], rel=0.1)
 
 
 def test_without_a_pass_alone_there_is_none_and_it_is_said(tmp_path: Path) -> None:

@@ -89,16 +89,21 @@ class Foretold:
 def foretell(
     system: System, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
     *, wire_bytes: float = 4, bucket_bytes: float = 4 * 2**20, rows: int = 0, width: int = 0, votes: int = 1,
-    codec_s: float = 0.0, bucket_s: float = 0.0,
+    codec_s: float = 0.0, bucket_s: float = 0.0, replicas: int = 1, everyone: int = 0, gathered: bool = False,
 ) -> Foretold:  # fmt: skip
     """A step in full swing. `rows`: of the table that a rank looks up in a step, `width` values each;
     `wire_bytes`: of a value on its way; `votes`: values that ranks add up besides; `codec_s`: where values
     are encoded, to encode and decode as many as there are; `bucket_s`: what a bucket of rounded or encoded
-    values costs a rank beside them (`shards` only; sync/link.py, NARROW_BUSY_S)."""
+    values costs a rank beside them (`shards` only; sync/link.py, NARROW_BUSY_S).
+
+    `sharded`: `ranks` are those of a row of the mesh, of which there are `replicas`; `everyone`: all that
+    agree on a step, where tensor ranks do so too; `gathered`: `passes` hold the gathering of weights already.
+    """
     step = _Step(
-        tensors, passes, lanes, ranks, wire_bytes, bucket_bytes, rows, width, votes, codec_s, bucket_s
+        tensors, passes, lanes, ranks, wire_bytes, bucket_bytes, rows, width, votes, codec_s, bucket_s,
+        replicas, everyone or ranks * replicas, gathered,
     )  # fmt: skip
-    if ranks > 1:
+    if max(ranks, step.everyone) > 1:
         {"ddp": step.ddp, "whole": step.whole, "shards": step.shards, "sharded": step.sharded}[
             system
         ]()
@@ -122,12 +127,13 @@ class _Step:
     def __init__(
         self, tensors: Tensors, passes: Passes, lanes: Mapping[str, Lane], ranks: int,
         wire_bytes: float, bucket_bytes: float, rows: int, width: int, votes: int, codec_s: float,
-        bucket_s: float,
+        bucket_s: float, replicas: int, everyone: int, gathered: bool,
     ) -> None:  # fmt: skip
         self.tensors, self.passes, self.lanes, self.ranks = tensors, passes, lanes, ranks
         self.wire_bytes, self.bucket_bytes = wire_bytes, bucket_bytes
         self.rows, self.width, self.votes = rows, width, votes
         self.codec_s, self.bucket_s = codec_s, bucket_s if wire_bytes < 4 else 0.0
+        self.replicas, self.everyone, self.gathered = replicas, everyone, gathered
         self.segments: list[Segment] = []
         self.transfers: list[Transfer] = []
         self.sent_bytes = 0.0
@@ -194,7 +200,7 @@ class _Step:
     def scalars(self, count: int) -> None:
         """What `finish` adds up besides: which tensors were used, and the caller's values."""
         nbytes = 8 * (count + self.votes)
-        self.sent_bytes += 2 * nbytes * (self.ranks - 1) // self.ranks
+        self.sent_bytes += 2 * nbytes * (self.everyone - 1) // self.everyone
 
     # --- strategies
 
@@ -283,7 +289,7 @@ class _Step:
 
     def sharded(self) -> None:
         """sync/sharded.py: each block's weights before its forward and its backward pass, the next
-        one's while it computes; its gradients behind it."""
+        one's while it computes; its gradients behind it, and then their sums over the replicas."""
         p, t = self.passes, self.tensors
         blocks = t.blocks or (sum(t.sizes),)
         root = t.total - sum(blocks)
@@ -292,11 +298,29 @@ class _Step:
         first, last = 0, len(blocks) - 1
         under_way: deque[int] = deque()
 
-        def gather(values: float) -> int:
-            return self.send("shard", ("all_gather", self._share(values, "all_gather")))
+        shared: deque[float] = deque()
+        over: list[int] = []
 
-        def scatter(values: float) -> int:
-            return self.send("shard", ("all_to_all", self._share(values, "all_to_all")))
+        def gather(values: float) -> int:
+            sent = self._share(values, "all_gather")
+            if not self.gathered:
+                return self.send("shard", ("all_gather", sent))
+            self.transfers.append(Transfer(0.0, self.lanes["all_gather"], "shard"))
+            self.sent_bytes += sent
+            return len(self.transfers) - 1
+
+        def scatter(values: float) -> None:
+            under_way.append(self.send("shard", ("all_to_all", self._share(values, "all_to_all"))))
+            shared.append(values / self.ranks)
+            self.compute(0.0, sends=[under_way[-1]])
+
+        def land() -> None:
+            self.compute(0.0, needs=[under_way.popleft()])
+            part = shared.popleft()
+            if self.replicas > 1:
+                sent = FACTOR["all_reduce"](self.replicas) * part * self.wire_bytes
+                over.append(self.send("replica", ("all_reduce", sent)))
+                self.compute(0.0, sends=[over[-1]])
 
         for k in range(p.accumulation):
             whole = gather(root)
@@ -316,18 +340,18 @@ class _Step:
                 self.compute(p.backward_s * blocks[b] * scale)
                 needed = [] if before is None else [before]
                 if k == p.accumulation - 1:
-                    under_way.append(scatter(blocks[b]))
-                    self.compute(0.0, sends=[under_way[-1]])
+                    scatter(blocks[b])
                     if len(under_way) > UNDER_WAY:
-                        self.compute(0.0, needs=[under_way.popleft()])
-        under_way.append(scatter(root))
-        self.compute(0.0, sends=[under_way[-1]])
-        self.compute(0.0, needs=under_way, sends=[self.send("control", ("all_reduce", 0.0))])
+                        land()
+        scatter(root)
+        while under_way:
+            land()
+        self.compute(0.0, needs=over, sends=[self.send("control", ("all_reduce", 0.0))])
         self.scalars(len(t.sizes) + bool(t.table) + 2)
-        self.sent_bytes += 8 * (self.ranks - 1)  # squares of the gradients' norms
+        self.sent_bytes += 8 * (self.everyone - 1)  # squares of the gradients' norms
         # A gather copies in and out into fresh memory; a scatter copies in, adds up, copies out.
         again = sum(blocks[:-1]) / t.total
-        copies_s = p.pack_s * (3 * p.accumulation * (1 + again) + 4)
+        copies_s = p.pack_s * ((0 if self.gathered else 3 * p.accumulation * (1 + again)) + 4)
         self.compute(max(copies_s, p.accumulation * p.units_s))  # those of one rank are in units_s
 
     def _shard_handling(self) -> float:

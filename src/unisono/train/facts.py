@@ -62,11 +62,11 @@ def tensors_of(
     tied = output is not None and output.weight is embedding
     trained = [p for p in model.parameters() if p.requires_grad]
     rest = [p for p in trained if p is not embedding]
-    table = len(embedding) * embedding.shape[1] if len(rest) < len(trained) else 0
 
     def values(p: torch.Tensor) -> int:
         return -(-len(p) // over) * over * (p.numel() // len(p)) if p.dim() else 1
 
+    table = values(embedding) if len(rest) < len(trained) else 0
     sizes = [values(p) for p in rest]
     if not table_apart:
         sizes, table = [table, *sizes] if table else sizes, 0

@@ -102,24 +102,26 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     peak = int(votes.each(_peak_bytes(job, tensors)).max())
     probe = job.probe
     mesh, system, across_s = plan.mesh, _system(job), 0.0
-    holders = mesh.holders
-    if system == "sharded":
-        if mesh.replica * mesh.tensor > 1 or mesh.context > 1:
-            return "sharded on a mesh of several axes is not foretold"
-        holders = mesh.shard
-    if mesh.inner > 1 and job.config.baseline_steps:
-        # Ranks that share samples: what one alone would take is not to be had.
+    holders = mesh.shard * mesh.context if system == "sharded" else mesh.holders
+    passes, passes_from = None, ""
+    if mesh.inner == 1:
+        passes, passes_from = _passes(job, baseline, probe, tensors, rate)
+    apart = passes is None and (mesh.inner > 1 or system == "sharded")
+    if apart and job.config.baseline_steps:
+        # Ranks that share samples or weights: what one alone would take is not to be had.
         compute_s, across_s = _shared_pass(job)
         baseline, probe = Baseline(compute_s, compute_s), None
-    passes, passes_from = _passes(job, baseline, probe, tensors, rate)
-    if passes is None:
-        return passes_from
-    if mesh.inner > 1:
+        passes, _ = _passes(job, baseline, probe, tensors, rate)
         passes_from = "micro-batches timed at the start, over the ranks that share them"
+    if passes is None:
+        return passes_from or _passes(job, None, None, tensors, rate)[1]
     per_core = max(1.0, world.local_size * (world.threads or 1) / cores())
     if probe:  # what it measured was shared already
         per_core /= max(1.0, probe.per_node * probe.threads / cores())
-    lanes, lanes_from = lanes_on(probe, link, holders, world.device, per_core)
+    lanes, lanes_from = lanes_on(probe, link, max(2, holders), world.device, per_core)
+    if system == "sharded" and mesh.replica > 1:
+        sums = lanes_on(probe, link, mesh.replica, world.device, per_core)[0]
+        lanes = {**lanes, "all_reduce": sums["all_reduce"]}
     if job.config.optim == "muon":
         passes = replace(passes, optimizer_s=passes.optimizer_s * _by_adamw(job) + extra.muon_s)
     votes_told = len(pack(Ballot(), 0, world.size, plan.micro_batches, 0)) + Meter.TOLD
@@ -131,6 +133,8 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
             wire_bytes=wire_bytes_of(job.config.wire), bucket_bytes=plan.bucket_mb * 2**20,
             rows=rows, width=width, votes=votes_told, codec_s=extra.encode_s + extra.decode_s,
             bucket_s=NARROW_BUSY_S if world.device == "cpu" else 0.0,
+            replicas=mesh.replica if system == "sharded" else 1, gathered=apart,
+            everyone=world.size if system == "sharded" else holders,
         )  # fmt: skip
     if isinstance(job.sync, PowerSGD) and holders > 1:
         step = _low_rank(job, job.sync, passes, lanes, extra, votes_told, step)
