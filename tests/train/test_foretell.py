@@ -39,6 +39,8 @@ def first_then_run(world, config):
         (3, {}),
         (2, {"shard_optimizer": True}),
         (2, {"wire": "bfloat16", "micro_batch_size": 8}),
+        (2, {"sync": "quantized", "wire": "int4", "micro_batch_size": 8}),
+        (3, {"sync": "quantized", "wire": "int8", "micro_batch_size": 8}),
         (2, {"sync": "ddp"}),
         (2, {"determinism": "strict"}),
     ],
@@ -63,10 +65,9 @@ def test_a_run_writes_its_forecast_before_and_the_measurement_after(
     assert measured["step_s"] == pytest.approx(receipt["step_ms"] / 1e3)
     assert found["error"] == pytest.approx(found["step_s"] / measured["step_s"] - 1)
     assert found["memory_bytes"] == pytest.approx(measured["memory_bytes"], rel=0.1)
-    if "sync" not in fields and size > 1:
-        # The first of twelve steps is laid out otherwise (whole float32 gradients also where the wire is
-        # bfloat16), and more is told in it.
-        assert found["sent_bytes_per_step"] == pytest.approx(measured["sent_bytes_per_step"], rel=0.15)  # fmt: skip
+    if fields.get("sync") != "ddp" and size > 1:
+        padding = 0.04 if "sync" in fields else 0.003  # rows of 13,000 values in blocks of 256
+        assert found["sent_bytes_per_step"] == pytest.approx(measured["sent_bytes_per_step"], rel=padding)  # fmt: skip
     assert any(line.startswith("forecast:") and "measured" in line for line in told)
 
 

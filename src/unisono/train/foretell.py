@@ -14,6 +14,7 @@ touched again.
 import statistics
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -128,14 +129,21 @@ def make_forecast(job: Job, baseline: Baseline | None) -> Forecast | str:
     if isinstance(job.sync, Streaming):
         step = _rounds(job, job.sync, passes, lanes, extra, votes_told)
     else:
-        step = foretell(
-            system, tensors, passes, lanes, holders,
-            wire_bytes=wire_bytes_of(job.config.wire), bucket_bytes=plan.bucket_mb * 2**20,
-            rows=rows, width=width, votes=votes_told, codec_s=extra.encode_s + extra.decode_s,
+        found = partial(
+            foretell, tensors=tensors, passes=passes, lanes=lanes, ranks=holders,
+            bucket_bytes=plan.bucket_mb * 2**20, rows=rows, width=width, votes=votes_told,
+        )  # fmt: skip
+        step = found(
+            system, wire_bytes=wire_bytes_of(job.config.wire), codec_s=extra.encode_s + extra.decode_s,
             bucket_s=NARROW_BUSY_S if world.device == "cpu" else 0.0,
             replicas=mesh.replica if system == "sharded" else 1, gathered=apart,
             everyone=world.size if system == "sharded" else holders,
         )  # fmt: skip
+        if system == "shards" and not job.progress.step:
+            # Gradients of the first step are whole (sync/exact.py), and then the weights return as ever.
+            returned = wire_bytes_of(job.config.wire) * sum(tensors.sizes) * (holders - 1) / holders
+            more = found("whole").sent_bytes + returned - step.sent_bytes
+            step = replace(step, sent_bytes=step.sent_bytes + more / plan.max_steps)
     if isinstance(job.sync, PowerSGD) and holders > 1:
         step = _low_rank(job, job.sync, passes, lanes, extra, votes_told, step)
     step = replace(
